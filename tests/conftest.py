@@ -1,0 +1,21 @@
+"Shared by all tests: few threads (two cores, repeatable), the reference implementations' vectors, a data root of our own."
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    "`golden(name)`: inputs and outputs of a reference implementation, from tests/golden/NAME.npz."
+    folder = Path(__file__).parent / "golden"
+    return lambda name: dict(np.load(folder / f"{name}.npz", allow_pickle=False))
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    "One data root for the session: the synthetic sets are rendered into it once."
+    return tmp_path_factory.mktemp("data")
