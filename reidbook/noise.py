@@ -141,7 +141,7 @@ class NoiseTables(NamedTuple):
     identities: pd.DataFrame  # one row per person: images, outliers, clusters, home, recall, camera_splits
 
     def _repr_markdown_(self) -> str:
-        rows = [f"| {k} | {r.images} | {r.share:.1%} |" for k, r in self.kinds.iterrows()]
+        rows = [f"| {k} | {int(r.images)} | {r.share:.1%} |" for k, r in self.kinds.iterrows()]
         c, p = self.clusters, self.identities
         return "\n".join(["| label is | images | share |", "|---|--:|--:|"] + rows) + (
             f"\n\n{int(c.merged.sum())} of {len(c)} clusters mix people; {int((p.clusters > 1).sum())} of {len(p)} people are in several clusters")
@@ -277,7 +277,7 @@ def plot_clusters_over_epochs(records):  # list of dicts (or a DataFrame), one p
         panel(ax, table, curves if panel is _panel_quality else shares)
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(fontsize="small")
+        ax.legend(fontsize="small", frameon=panel is _panel_kinds, loc="lower right")
     return fig
 
 # %% ../nbs/06_noise.ipynb #0078abcd
