@@ -34,10 +34,10 @@ class Preset:
     images: tuple[int, int] = (3, 4)    # fewest and most images of one identity in one camera
     distractors: int = 60               # gallery images of people who are never queried (pid 0000)
     size: tuple[int, int] = (128, 64)   # height, width in pixels
-    lookalike: float = 0.12             # share of identities that copy another's clothes but for one part
-    occlusion: float = 0.35             # share of images with something in front of the person
-    misalign: float = 1.0               # scale of the detector's box errors
-    camera: float = 1.0                 # scale of the differences between cameras
+    lookalike: float = 0.15             # share of identities that copy another's clothes but for one part
+    occlusion: float = 0.4              # share of images with something in front of the person
+    misalign: float = 1.1               # scale of the detector's box errors
+    camera: float = 1.1                 # scale of the differences between cameras
     style: str = "town"                 # palette, buildings and light
     kind: str = "person"                # what is drawn: a key of DRAW
 
@@ -46,9 +46,10 @@ PRESETS = {
     "synthetic-tiny": Preset("For tests: renders in a second", 1, 16, 12, 4, 4, distractors=12, size=(64, 32)),
     "synthetic-small": Preset("The demo: trains in minutes on two cores", 2, 100, 60, 5, 5),
     "synthetic-large": Preset("For a GPU", 3, 1000, 500, 12, 6, distractors=1000, size=(256, 128)),
-    "synthetic-source": Preset("The labelled other domain, stand-in for ImageNet", 4, 150, 40, 6, 5, lookalike=0.0, occlusion=0.2, style="harbour"),
+    "synthetic-source": Preset("The labelled other domain, stand-in for ImageNet", 4, 150, 40, 6, 5, lookalike=0.0, occlusion=0.1,
+                               misalign=0.8, camera=0.6, style="harbour"),
     "synthetic-lookalike": Preset("Failure case: half of all people are look-alikes", 5, 100, 60, 5, 5, lookalike=0.5),
-    "synthetic-cameras": Preset("Cameras that disagree strongly", 6, 100, 60, 5, 5, camera=2.0),
+    "synthetic-cameras": Preset("Cameras that disagree strongly", 6, 100, 60, 5, 5, camera=2.5),
 }
 
 # %% ../nbs/02_synthetic.ipynb #0009abcd
@@ -87,7 +88,7 @@ STYLES = {
                (48, 104, 66), (108, 108, 64), (198, 178, 140), (112, 76, 54), (220, 188, 66), (218, 138, 156), (106, 68, 134), (214, 116, 48), (42, 124, 128)],
         lower=[(26, 26, 30), (66, 68, 72), (64, 84, 126), (124, 146, 178), (32, 38, 70), (164, 144, 108), (136, 136, 138), (214, 212, 205), (98, 70, 52), (94, 96, 62)],
         bag=[(30, 30, 32), (120, 40, 40), (60, 80, 120), (150, 110, 70), (90, 95, 100), (200, 190, 170)],
-        ground=(128, 126, 122), wall=(150, 146, 140), tint=10, light=(0.8, 1.15), pitch=(0.05, 0.45)),
+        ground=(128, 126, 122), wall=(150, 146, 140), tint=5, light=(0.8, 1.15), pitch=(0.05, 0.45)),
     "harbour": dict(
         upper=[(240, 120, 20), (250, 220, 60), (20, 150, 200), (120, 200, 80), (235, 60, 110), (170, 120, 220), (245, 245, 250), (90, 60, 30), (10, 60, 60),
                (250, 170, 140), (60, 60, 160), (200, 230, 240)],
@@ -277,7 +278,8 @@ def _head(brush: Brush, person: Person, body: dict, facing: float):
     rx, ry, hair = .05, .062, person.hair
     turn, front = np.sin(facing), np.cos(facing)
     brush.limb(neck, head, .032, .03, _dim(person.skin, .9))
-    if hair.kind == "long": brush.ellipse(head + [-.018 * turn, -.035], rx * 1.15, ry * 1.4, hair.colour)
+    if hair.kind == "long" and front > 0:  # beside the face and behind it
+        for x in (-.044, .044): brush.limb(head + [x * front - .03 * turn, .01], head + [x * front - .035 * turn, -.085], .02, .015, hair.colour)
     brush.ellipse(head, rx, ry, person.skin)
     if hair.kind != "none":
         brush.ellipse(head + [-.016 * turn, .022 - .012 * (front < 0)], rx * 1.06, ry * (.72 if front > 0 else .95), hair.colour)
@@ -343,8 +345,8 @@ def camera(preset: Preset, cam: int) -> Camera:
     "Camera `cam` of a set; `preset.camera` scales how far it strays from neutral."
     rng, style, far = _rng("cam", preset.seed, cam), STYLES[preset.style], preset.camera
     return Camera(pitch=rng.uniform(*style["pitch"]), walk=rng.uniform(0, 2 * np.pi), light=rng.uniform(-1, 1),
-                  gain=np.exp(far * (rng.normal(0, .07, 3) + rng.normal(0, .12))) * rng.uniform(*style["light"]), gamma=float(np.exp(far * rng.normal(0, .2))),
-                  cast=far * rng.normal(0, 6, 3), saturation=float(np.clip(1 + far * rng.normal(-.15, .2), .25, 1.4)),
+                  gain=np.exp(far * (rng.normal(0, .05, 3) + rng.normal(0, .12))) * rng.uniform(*style["light"]), gamma=float(np.exp(far * rng.normal(0, .2))),
+                  cast=far * rng.normal(0, 4.5, 3), saturation=float(np.clip(1 + far * rng.normal(-.15, .2), .25, 1.4)),
                   blur=rng.uniform(.2, .9), resolution=rng.uniform(.45, .95), noise=rng.uniform(2, 7))
 
 # %% ../nbs/02_synthetic.ipynb #0035abcd
