@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'COLOURS', 'Contingency', 'contingency', 'LabelQuality', 'label_quality', 'noise_kinds', 'NoiseTables',
            'noise_table', 'plot_kinds', 'plot_composition', 'plot_noise', 'plot_contingency', 'noise_record',
-           'plot_clusters_over_epochs']
+           'plot_clusters_over_epochs', 'show_cluster', 'show_identity', 'plot_map']
 
 # %% ../nbs/06_noise.ipynb #0002abcd
 from dataclasses import asdict, dataclass
@@ -277,7 +277,7 @@ def plot_clusters_over_epochs(records):  # list of dicts (or a DataFrame), one p
         panel(ax, table, curves if panel is _panel_quality else shares)
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(fontsize="small", frameon=panel is _panel_kinds, loc="lower right")
+        ax.legend(fontsize="small", **({"frameon": True, "loc": "lower right"} if panel is _panel_kinds else {}))
     return fig
 
 # %% ../nbs/06_noise.ipynb #0078abcd
@@ -297,3 +297,52 @@ def _panel_kinds(ax, table, kinds):
     "Shares of the kinds of noise per epoch, stacked."
     ax.stackplot(table.index, [table["share_" + k.replace(" ", "_")] for k in kinds], labels=kinds, colors=[COLOURS[k] for k in kinds])
     ax.set(title="wrong in which way", ylim=(0, 1), xlim=(table.index.min(), max(table.index.max(), table.index.min() + 1e-6)))
+
+# %% ../nbs/06_noise.ipynb #0091abcd
+def show_cluster(paths,      # N image files
+                 labels, pids,
+                 cluster,    # the label to look at
+                 cams=None,
+                 top=16):    # at most so many images
+    "The images of one cluster: the owner's framed blue, everybody else's vermillion. Returns the figure."
+    from reidbook.data import show_images
+    paths, labels, pids = list(paths), _ints(labels, "labels"), _ints(pids, "pids")
+    rows = np.flatnonzero(labels == cluster)
+    if not len(rows): raise ValueError(f"no image has label {cluster}: labels go from {labels.min()} to {labels.max()}")
+    names, count = np.unique(pids[rows], return_counts=True)
+    owner = names[count.argmax()]
+    turn = pd.Series(pids[rows]).groupby(pids[rows]).cumcount().to_numpy()  # others in turns, so that each is seen
+    rows = rows[np.lexsort((pids[rows], turn))]
+    mine, others = rows[pids[rows] == owner][:top // 2], rows[pids[rows] != owner]
+    rows = np.r_[mine, others[:top - len(mine)]]
+    titles = [f"id {pids[i]}" + ("" if cams is None else f", cam {cams[i]}") for i in rows]
+    return show_images([paths[i] for i in rows], titles, frames=[COLOURS["right" if pids[i] == owner else "merged"] for i in rows])
+
+# %% ../nbs/06_noise.ipynb #0092abcd
+def show_identity(paths,    # N image files
+                  labels, pids,
+                  pid,      # the person to look at
+                  cams=None,
+                  top=16):  # at most so many images
+    "The images of one person by cluster, framed in the colour of their kind of noise. Returns the figure."
+    from reidbook.data import show_images
+    paths, labels, kinds = list(paths), _ints(labels, "labels"), noise_kinds(labels, pids, cams)
+    rows = np.flatnonzero(_ints(pids, "pids") == pid)
+    if not len(rows): raise ValueError(f"nobody has identity {pid}")
+    rows = rows[np.lexsort((rows, labels[rows], labels[rows] < 0))][:top]
+    titles = [("out" if labels[i] < 0 else f"cl {labels[i]}") + ("" if cams is None else f", cam {cams[i]}") for i in rows]
+    return show_images([paths[i] for i in rows], titles, frames=[COLOURS[kinds[i]] for i in rows])
+
+# %% ../nbs/06_noise.ipynb #0110abcd
+def plot_map(xy,      # N x 2, a projection made elsewhere
+             labels, pids):
+    "The same points coloured by person and by cluster; outliers grey. Returns the figure."
+    fig, axes = plt.subplots(1, 2, figsize=(8, 3.8), sharex=True, sharey=True)
+    colours = np.array(plt.rcParams["axes.prop_cycle"].by_key()["color"])
+    for ax, group, title in zip(axes, (_ints(pids, "pids"), _ints(labels, "labels")), ("by person", "by cluster")):
+        ax.scatter(*xy[group < 0].T, c="0.8", s=8, linewidths=0)
+        for value in np.unique(group[group >= 0]):
+            marker = "os^Dv*P"[value // len(colours) % 7]
+            ax.scatter(*xy[group == value].T, c=colours[value % len(colours)], s=14, marker=marker, linewidths=0)
+        ax.set(title=title, xticks=[], yticks=[])
+    return fig
