@@ -52,7 +52,7 @@ PRESETS = {
     "synthetic-source": Preset("Another, labelled domain: the stand-in for ImageNet", 4, 150, 40, 6, 5, lookalike=0.0, occlusion=0.1,
                                misalign=0.8, camera=0.6, style="harbour"),
     "synthetic-lookalike": Preset("Failure case: half of all people are look-alikes", 5, 100, 60, 5, 5, lookalike=0.5),
-    "synthetic-cameras": Preset("Cameras that disagree strongly", 6, 100, 60, 5, 5, camera=2.5),
+    "synthetic-cameras": Preset("Cameras that disagree strongly", 8, 100, 60, 5, 5, camera=1.8),
 }
 
 # %% ../nbs/02_synthetic.ipynb #0013abcd
@@ -87,16 +87,16 @@ class Person(NamedTuple):
 # %% ../nbs/02_synthetic.ipynb #0019abcd
 STYLES = {
     "town": dict(
-        upper=[(28, 28, 32), (72, 74, 78), (140, 140, 143), (226, 226, 220), (34, 44, 86), (58, 94, 165), (150, 182, 212), (170, 38, 44), (98, 34, 44),
-               (48, 104, 66), (108, 108, 64), (198, 178, 140), (112, 76, 54), (220, 188, 66), (218, 138, 156), (106, 68, 134), (214, 116, 48),
-               (42, 124, 128)],
+        upper=[(28, 28, 32), (72, 74, 78), (140, 140, 143), (226, 226, 220), (34, 44, 86), (58, 94, 165), (150, 182, 212), (170, 38, 44),
+               (98, 34, 44), (48, 104, 66), (108, 108, 64), (198, 178, 140), (112, 76, 54), (220, 188, 66), (218, 138, 156), (106, 68, 134),
+               (214, 116, 48), (42, 124, 128)],
         lower=[(26, 26, 30), (66, 68, 72), (64, 84, 126), (124, 146, 178), (32, 38, 70), (164, 144, 108), (136, 136, 138), (214, 212, 205),
                (98, 70, 52), (94, 96, 62)],
         bag=[(30, 30, 32), (120, 40, 40), (60, 80, 120), (150, 110, 70), (90, 95, 100), (200, 190, 170)],
         ground=(128, 126, 122), wall=(150, 146, 140), tint=5, light=(0.8, 1.15), pitch=(0.05, 0.45)),
     "harbour": dict(
-        upper=[(240, 120, 20), (250, 220, 60), (20, 150, 200), (120, 200, 80), (235, 60, 110), (170, 120, 220), (245, 245, 250), (90, 60, 30),
-               (10, 60, 60), (250, 170, 140), (60, 60, 160), (200, 230, 240)],
+        upper=[(240, 120, 20), (250, 220, 60), (20, 150, 200), (120, 200, 80), (235, 60, 110), (170, 120, 220), (245, 245, 250),
+               (90, 60, 30), (10, 60, 60), (250, 170, 140), (60, 60, 160), (200, 230, 240)],
         lower=[(30, 60, 130), (200, 60, 50), (230, 220, 190), (40, 100, 60), (100, 100, 110), (60, 30, 60), (20, 20, 20), (180, 150, 60)],
         bag=[(220, 60, 40), (40, 120, 180), (240, 200, 60), (40, 40, 40)],
         ground=(96, 104, 112), wall=(88, 100, 116), tint=14, light=(0.55, 0.95), pitch=(0.3, 0.7)),
@@ -156,7 +156,8 @@ def identity(preset: Preset,
     if other == pid: return own
     copied = _own_look(preset, split, other)
     keep = _rng("part", preset.seed, split, pid).choice(["upper", "lower", "carried"])
-    if own.carried.kind == copied.carried.kind: own = own._replace(carried=own.carried._replace(kind="none" if own.carried.kind != "none" else "backpack"))
+    if own.carried.kind == copied.carried.kind:  # so that keeping one's own bag makes a visible difference
+        own = own._replace(carried=own.carried._replace(kind="backpack" if own.carried.kind == "none" else "none"))
     return own._replace(**{part: getattr(copied, part) for part in CLOTHES if part != keep})
 
 # %% ../nbs/02_synthetic.ipynb #0033abcd
@@ -296,7 +297,8 @@ def _head(brush: Brush, person: Person, body: dict, facing: float):
     turn, front = np.sin(facing), np.cos(facing)
     brush.limb(neck, head, .032, .03, _dim(person.skin, .9))
     if hair.kind == "long" and front > 0:  # falls beside the face
-        for x in (-.044, .044): brush.limb(head + [x * front - .03 * turn, .01], head + [x * front - .035 * turn, -.085], .02, .015, hair.colour)
+        for x in (-.044 * front, .044 * front):
+            brush.limb(head + [x - .03 * turn, .01], head + [x - .035 * turn, -.085], .02, .015, hair.colour)
     brush.ellipse(head, rx, ry, person.skin)
     if hair.kind != "none":
         brush.ellipse(head + [-.016 * turn, .022 if front > 0 else .01], 1.06 * rx, ry * (.72 if front > 0 else .95), hair.colour)
@@ -417,8 +419,8 @@ def scene(preset: Preset, cam: int) -> Image.Image:
     "The street that camera `cam` looks at, drawn at twice the final size."
     rng, style, (h, w) = _rng("scen", preset.seed, cam), STYLES[preset.style], (2 * preset.size[0], 8 * preset.size[1])
     tone = lambda part: lambda spread, base=style[part]: _tone(base, spread, rng, style["tint"])
-    image, horizon = Image.new("RGB", (w, int(1.2 * h)), tone("ground")(22)), int(h * np.clip(.75 - 1.25 * camera(preset, cam).pitch, .1, .7))
-    draw = ImageDraw.Draw(image)
+    image = Image.new("RGB", (w, int(1.2 * h)), tone("ground")(22))
+    draw, horizon = ImageDraw.Draw(image), int(h * np.clip(.75 - 1.25 * camera(preset, cam).pitch, .1, .7))
     _ground(draw, w, h, horizon, tone("ground"), rng)
     _buildings(draw, w, h, horizon, tone("wall"), rng)
     return image
@@ -458,7 +460,9 @@ def _car(brush, x, top, colour, rng):
     brush.ellipse((x + rng.choice([-.2, .2]), 0), .13, .13, (28, 28, 30))
 
 def _bush(brush, x, top, colour, rng):
-    for _ in range(16): brush.ellipse((2 * x + rng.normal(0, .13), rng.uniform(-.1, top)), .09, .07, _dim((70, 84, 62), rng.uniform(.7, 1.3)))
+    for _ in range(16):
+        leaves = 2 * x + rng.normal(0, .13), rng.uniform(-.1, top)
+        brush.ellipse(leaves, .09, .07, _dim((70, 84, 62), rng.uniform(.7, 1.3)))
 
 # %% ../nbs/02_synthetic.ipynb #0087abcd
 def _bike(brush, x, top, colour, rng):
@@ -466,7 +470,8 @@ def _bike(brush, x, top, colour, rng):
     for wheel in (rear, front):
         corners = (*brush.at(wheel + [-.14, .14]), *brush.at(wheel + [.14, -.14]))
         brush.draw.ellipse(corners, outline=colour, width=max(1, int(.03 * brush.unit)))
-    for a, b in ((rear, saddle), (saddle, head), (head, front), (saddle, crank), (crank, head), (head, head + [0, .1])): brush.limb(a, b, .014, .014, colour)
+    for a, b in ((rear, saddle), (saddle, head), (head, front), (saddle, crank), (crank, head), (head, head + [0, .1])):
+        brush.limb(a, b, .014, .014, colour)
 
 # %% ../nbs/02_synthetic.ipynb #0088abcd
 OCCLUDERS = {"bollard": _bollard, "bike": _bike, "bush": _bush, "car": _car, "bench": _bench, "post": _post}
@@ -516,7 +521,8 @@ def render(preset: Preset,
     folds = np.asarray(Image.fromarray(rng.normal(1, .1, (10, 5)).astype(np.float32)).resize((w, h), Image.BICUBIC))
     shade = folds * (1 + .28 * view.light * np.linspace(-1, 1, w, dtype=np.float32))
     alpha = front[..., 3:] / 255
-    return Image.fromarray(photograph(np.asarray(back, np.float32) * (1 - alpha) + front[..., :3] * alpha * shade[..., None], view, rng))
+    light = np.asarray(back, np.float32) * (1 - alpha) + front[..., :3] * alpha * shade[..., None]
+    return Image.fromarray(photograph(light, view, rng))
 
 # %% ../nbs/02_synthetic.ipynb #0104abcd
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
@@ -596,7 +602,8 @@ def make(name: str,                   # a key of PRESETS
     if preset.kind not in DRAW: raise ValueError(f"{name}: nothing draws {preset.kind!r}; there are {', '.join(DRAW)}")
     if _is_ready(target, card): return target
     if target.exists():
-        if not (target / "card.json").is_file(): raise ValueError(f"{target} exists but holds no card.json, so it was not made here: move it away first")
+        if not (target / "card.json").is_file():
+            raise ValueError(f"{target} exists but holds no card.json, so it was not made here: move it away first")
         print(f"{name}: the set on disk was made by another version or is incomplete; making it again")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
