@@ -1,0 +1,31 @@
+# make demo | test | lab | site | help: each sets up .venv on first use.
+VENV   ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN    := $(VENV)/bin
+
+.PHONY: help demo test lab site
+help:  ## list these commands
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
+
+demo: $(VENV)/.installed  ## make the synthetic set, train the baseline through papermill, build the site
+	$(BIN)/reidbook data make synthetic-small
+	$(BIN)/reidbook run --dataset synthetic-small --method baseline
+	$(BIN)/reidbook ls
+	$(BIN)/reidbook site
+
+test: $(VENV)/.installed  ## everything CI runs
+	$(BIN)/python -m pytest -q --durations=15 tests
+
+lab: $(VENV)/.installed  ## open JupyterLab at the tour
+	$(BIN)/jupyter lab nbs/00_tour.ipynb
+
+site: $(VENV)/.installed  ## render the book and its runs into _docs/
+	$(BIN)/reidbook site
+
+# torch and faiss are their CUDA builds: about 7 GB, a minute or two
+$(VENV)/.installed: settings.ini setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "reidbook needs Python 3.11 or newer; found " + sys.version.split()[0] + ". Try: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,site]'
+	touch $@

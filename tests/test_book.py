@@ -1,0 +1,46 @@
+"The book as a whole: exports are fresh, notebooks are clean and say who they are, every chapter runs."
+import copy
+import filecmp
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+project = Path(__file__).parent.parent
+chapters = sorted(project.glob("nbs/*.ipynb"))
+
+
+def test_export_is_fresh(tmp_path):
+    "`nbdev_export` on a copy of the notebooks gives the modules that are committed."
+    for name in ("nbs", "reidbook"):
+        shutil.copytree(project / name, tmp_path / name, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    for name in ("settings.ini", "README.md"): shutil.copy(project / name, tmp_path)
+    subprocess.run([Path(sys.executable).with_name("nbdev_export")], cwd=tmp_path, check=True)
+    stale = [str(p.relative_to(tmp_path)) for p in sorted((tmp_path / "reidbook").rglob("*.py"))
+             if not (project / p.relative_to(tmp_path)).exists() or not filecmp.cmp(p, project / p.relative_to(tmp_path), shallow=False)]
+    assert not stale, f"stale export of {stale}: run nbdev_export and commit the modules with their notebooks"
+
+
+@pytest.mark.parametrize("path", chapters, ids=lambda p: p.stem)
+def test_notebook_is_clean(path):
+    "Cleaning changes nothing: no counters, no widget state, no stray metadata; the parameters tag survives."
+    from nbdev.clean import clean_nb
+    from fastcore.xtras import dict2obj
+    before = nbformat.read(path, as_version=4)
+    after = dict2obj(copy.deepcopy(before))
+    clean_nb(after, allowed_metadata_keys=["papermill"], allowed_cell_metadata_keys=["tags"])
+    assert [c.metadata for c in before.cells] == [dict(c.metadata) for c in after.cells], "run nbdev_clean"
+    assert all(c.get("execution_count") is None for c in before.cells), "run nbdev_clean"
+    assert set(before.metadata) <= {"kernelspec"}, "run nbdev_clean"
+    assert not [o for c in before.cells for o in c.get("outputs", []) if o.output_type == "error"], "a cell's output is an error"
+
+
+@pytest.mark.parametrize("path", [p for p in chapters if p.stem != "train"], ids=lambda p: p.stem)
+def test_chapter_runs(path, tmp_path):
+    "Every chapter runs from top to bottom, as a reader would run it."
+    nb = nbformat.read(path, as_version=4)
+    NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
