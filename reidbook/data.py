@@ -40,10 +40,10 @@ def data_root(root=None,  # a folder; None: $REIDBOOK_DATA, else the checkout's 
         if (folder/"settings.ini").is_file() and (folder/"data").is_dir(): return folder/"data"
     return here/"data"
 
-# %% ../nbs/01_data.ipynb #0008abcd
+# %% ../nbs/01_data.ipynb #0007abcd
 SPLITS = ("train", "query", "gallery")
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class Dataset:
     "A data set: three pandas tables with a column `path` and, when known, `pid` and `cam` (0-based)."
     name: str
@@ -65,20 +65,21 @@ class Dataset:
         rows = {s: [len(t := getattr(self, s)), *(t[c].nunique() if c in t else None for c in ("pid", "cam"))] for s in SPLITS}
         return pd.DataFrame(rows, index=["images", "ids", "cameras"], dtype="Int64").T
 
+    def __repr__(self): return f"Dataset({self.name!r}, root={Path(self.root).name!r})"
+
     def _repr_markdown_(self):
         lines = [f"**{self.name}**" + (f" ({self.variant})" if self.variant else ""), "", "| split | images | ids | cameras |", "|---|---|---|---|"]
         for split, row in self.counts().iterrows():
             lines.append(f"| {split} | " + " | ".join("unknown" if pd.isna(v) else f"{v:,}" for v in row) + " |")
         return "\n".join(lines + [""] + [f"- {note}" for note in self.notes])
 
-# %% ../nbs/01_data.ipynb #0014abcd
 def column(table,  # a table of a Dataset
            name,   # "pid" or "cam"
            ):  # int64 array, or None when the column is absent
     "A column as int64, or None when it is not known."
     return table[name].to_numpy(np.int64) if name in table else None
 
-# %% ../nbs/01_data.ipynb #0017abcd
+# %% ../nbs/01_data.ipynb #0012abcd
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 def _is_dir(entry):
@@ -102,7 +103,7 @@ def scan(folder) -> tuple:  # relative names of images, sorted; {sub-folder: mti
                 elif name.lower().endswith(IMAGE_TYPES): names.append(prefix + name)
     return sorted(names), folders
 
-# %% ../nbs/01_data.ipynb #0024abcd
+# %% ../nbs/01_data.ipynb #0018abcd
 def cache_root() -> Path:
     "Where indexes are kept: $REIDBOOK_CACHE, else reidbook/ in the user's cache folder."
     base = os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache"
@@ -122,7 +123,6 @@ def _write_atomic(path, write):
         os.unlink(temp)
         raise
 
-# %% ../nbs/01_data.ipynb #0025abcd
 CACHED_FROM = 50_000  # smaller trees are scanned again: it is quick
 
 def _read_index(store, folder):
@@ -147,7 +147,7 @@ def list_images(folder) -> list:  # relative names, sorted
     except OSError: pass  # no place to write: scan again next time
     return names
 
-# %% ../nbs/01_data.ipynb #0030abcd
+# %% ../nbs/01_data.ipynb #0021abcd
 def parse_names(names,       # file names; only the part after the last / is looked at
                 pattern,     # regular expression with two groups, pid and camera, matched from the first character
                 ) -> tuple:  # pid and cam as written, rows of the names that matched (int64 arrays)
@@ -159,7 +159,7 @@ def parse_names(names,       # file names; only the part after the last / is loo
     pids, cams = np.array(numbers, np.int64).reshape(-1, 2).T
     return pids, cams, np.array(rows, np.int64)
 
-# %% ../nbs/01_data.ipynb #0036abcd
+# %% ../nbs/01_data.ipynb #0026abcd
 class Layout(NamedTuple):
     "How a data set lies on disk."
     roots: tuple      # folders below the data root, tried in this order; last the data root itself
@@ -174,7 +174,6 @@ def _roots(folder, *parents): return tuple([folder, *(f"{p}/{folder}" for p in p
 BOXES = ("bounding_box_train", "query", "bounding_box_test")
 PID_CAM = r"(-?\d{1,9})_c(\d{1,4})"
 
-# %% ../nbs/01_data.ipynb #0037abcd
 LAYOUTS = {
     "market1501": Layout(_roots("Market-1501-v15.09.15", "market1501"), BOXES, r"(-?\d{1,9})_c(\d)", tuple(range(1, 7)),
                          dict(train=(12936, 751), query=(3368, 750), gallery=(15913, 751))),
@@ -187,14 +186,14 @@ LAYOUTS = {
                       dict(train=(37778, 576), query=(1678, 200), gallery=(11579, 200))),
     "personx": Layout(_roots("PersonX", "personx"), BOXES, PID_CAM, (3, 4, 8, 10, 11, 12),
                       dict(train=(9840, 410), query=(5136, 856), gallery=(30816, 856)),
-                      "the six-camera subset of PersonX, not its six single-background sets"),
+                      "the reader is for the six-camera subset of PersonX, not for its six single-background sets"),
     "cuhk03np": Layout(("cuhk03-np/detected", "cuhk03np/detected", "detected"), BOXES, PID_CAM, (1, 2),
-                       dict(train=(7365, 767), query=(1400, 700), gallery=(5332, 700))),
+                       dict(train=(7365, 767), query=(1400, 700), gallery=(5332, 700)), "detected boxes; the labeled ones open as 'cuhk03np-labeled'"),
     "cuhk03np-labeled": Layout(("cuhk03-np/labeled", "cuhk03np/labeled", "labeled"), BOXES, PID_CAM, (1, 2),
                                dict(train=(7368, 767), query=(1400, 700), gallery=(5328, 700))),
 }
 
-# %% ../nbs/01_data.ipynb #0041abcd
+# %% ../nbs/01_data.ipynb #0029abcd
 def looks_like(folder) -> str:  # "" when it looks like nothing known
     "Which layout a folder has, judged by the names in it."
     try: inside = {entry.name for entry in os.scandir(folder)}
@@ -213,7 +212,6 @@ def _holds(folder):
     except OSError as error: return f"nothing readable ({error.strerror})"
     return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) if names else "nothing"
 
-# %% ../nbs/01_data.ipynb #0042abcd
 def _has(folder, needed): return [n for n in needed if not (Path(folder)/n.rstrip("/")).exists()] == []
 
 def _what_to_do(base, roots, needed):
@@ -238,7 +236,7 @@ def find_folder(name, base, roots, needed, extra=()) -> Path:
     else: lines += [f"found: {base} holds {_holds(base)}", *_what_to_do(base, roots, needed)]
     raise FileNotFoundError("\n  ".join([*lines, *extra]))
 
-# %% ../nbs/01_data.ipynb #0044abcd
+# %% ../nbs/01_data.ipynb #0031abcd
 def make_table(folder, names, pids=None, cams=None) -> pd.DataFrame:
     "A table of a data set; a column that is None is left out."
     start = os.path.join(os.path.abspath(folder), "") if folder else ""
@@ -249,7 +247,6 @@ def relabel(values) -> np.ndarray:
     "Distinct values as 0..n-1, in sorted order."
     return np.unique(values, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
-# %% ../nbs/01_data.ipynb #0045abcd
 def read_split(name, folder, layout, names=None, pattern=None) -> tuple:  # table, list of notes
     "One split from file names: junk (pid -1) left out, cameras 0-based, odd names skipped and noted."
     names = list_images(folder) if names is None else names
@@ -261,13 +258,12 @@ def read_split(name, folder, layout, names=None, pattern=None) -> tuple:  # tabl
     odd = sorted(set(cams.tolist()) - set(layout.cams))
     if odd:
         raise ValueError(f"{name}: cameras {odd} in {folder}; expected only {list(layout.cams)}. Is this another data set?"
-                         + (f" The reader is for {layout.note}" if layout.note else ""))
+                         + (f" ({layout.note})" if layout.note else ""))
     skipped = sorted(set(range(len(names))) - set(rows.tolist())) if len(rows) < len(names) else []
-    notes = [f"{len(skipped)} files of {folder.name}/ skipped, no id and camera in the name, e.g. {names[skipped[0]]!r}"] if skipped else []
+    notes = [f"{folder.name}/: {len(skipped):,} of {len(names):,} images skipped, no id and camera in the name, e.g. {names[skipped[0]]!r}"] if skipped else []
     kept = pids >= 0
     return make_table(folder, [names[r] for r in rows[kept]], pids[kept], np.searchsorted(layout.cams, cams[kept]).astype(np.int64)), notes
 
-# %% ../nbs/01_data.ipynb #0046abcd
 def assemble(name, root, tables, variant="", notes=()) -> Dataset:
     "A Dataset from its train, query and gallery tables: training ids relabelled."
     train, query, gallery = tables
@@ -281,13 +277,12 @@ def read_layout(name, base, root=None, variant="") -> Dataset:
     read = [read_split(name, root/folder, layout) for folder in layout.folders]
     return assemble(name, root, [table for table, _ in read], variant, [*(n for _, notes in read for n in notes), *[layout.note] * bool(layout.note)])
 
-# %% ../nbs/01_data.ipynb #0056abcd
+# %% ../nbs/01_data.ipynb #0038abcd
 MSMT17_NAME = r"(\d{1,9})_\d+_(\d{1,4})(?=[_.])"  # pid, picture number, camera
 MSMT17_LISTS = ("list_train.txt", "list_val.txt", "list_query.txt", "list_gallery.txt")
 MSMT17_EDITIONS = {"V1": ("train/", "test/", *MSMT17_LISTS), "V1, re-packed": tuple(f"{f}/" for f in BOXES),
                    "V2, blurred faces": ("mask_train_v2/", "mask_test_v2/", *MSMT17_LISTS)}
 
-# %% ../nbs/01_data.ipynb #0058abcd
 def read_list(list_file, present) -> list:  # relative names
     "The names in a list file (one per line, with or without a label), each inside the data set and in the set `present`."
     lines = Path(list_file).read_text("utf-8-sig", "surrogateescape").splitlines()
@@ -303,7 +298,7 @@ def read_list(list_file, present) -> list:  # relative names
                          "unpack the archive again, and take lists and images from the same edition")
     return names
 
-# %% ../nbs/01_data.ipynb #0060abcd
+# %% ../nbs/01_data.ipynb #0040abcd
 def read_msmt17(base) -> Dataset:
     "MSMT17, V1 preferred; the lists train and val are joined (as all systems do); cameras 1-15 become 0-14."
     layout, base = LAYOUTS["msmt17"], Path(base)
@@ -324,7 +319,7 @@ def read_msmt17(base) -> Dataset:
         tables, notes = [*tables, table], notes + more
     return assemble("msmt17", root, tables, edition, notes)
 
-# %% ../nbs/01_data.ipynb #0069abcd
+# %% ../nbs/01_data.ipynb #0046abcd
 def _no_images(): return make_table("", [])
 
 def read_luperson(base) -> Dataset:
@@ -347,7 +342,7 @@ def read_folder(base) -> Dataset:
     if not names: raise ValueError(f"no image in {base}, which holds {_holds(base)}; expected files ending in {', '.join(IMAGE_TYPES)}")
     return Dataset("folder", base, make_table(base, names), _no_images(), _no_images())
 
-# %% ../nbs/01_data.ipynb #0072abcd
+# %% ../nbs/01_data.ipynb #0049abcd
 def _codes(values, what, file):
     "A column as int64: whole numbers as they are, names as 0..n-1 in sorted order; blank everywhere: None."
     text = values.astype("str").str.strip()
@@ -365,7 +360,6 @@ def _one_file(base):
     if len(files) == 1: return files[0].absolute()
     raise FileNotFoundError(f"{len(files)} CSV or parquet files at {base} ({', '.join(f.name for f in files[:5]) or _holds(base)}); pass the one to read as root (--root)")
 
-# %% ../nbs/01_data.ipynb #0073abcd
 def read_csv(base) -> Dataset:
     "A CSV or parquet file with the column `path` and, when known, `pid`, `cam`, `split` (train, query, gallery)."
     file = _one_file(Path(base))
@@ -376,7 +370,7 @@ def read_csv(base) -> Dataset:
     paths = [os.path.normpath(os.path.join(file.parent, str(p))) for p in frame["path"]]
     outside = [p for p in paths if not p.startswith(os.path.join(file.parent, ""))]
     if outside:
-        raise ValueError(f"{file}: {len(outside)} paths point outside its folder, first {outside[0]!r}; "
+        raise ValueError(f"{file}: {len(outside)} of {len(paths)} paths point outside its folder, first {outside[0]!r}; "
                          "put the file into a folder above the images and write relative paths")
     split = frame["split"].astype("str").str.strip().str.lower() if "split" in frame else pd.Series("train", index=frame.index)
     odd = sorted(set(split) - set(SPLITS))
@@ -386,7 +380,7 @@ def read_csv(base) -> Dataset:
     table = make_table("", paths, codes.get("pid"), codes.get("cam"))
     return assemble("csv", file.parent, [table[split == s].reset_index(drop=True) for s in SPLITS], file.name)
 
-# %% ../nbs/01_data.ipynb #0078abcd
+# %% ../nbs/01_data.ipynb #0053abcd
 def read_synthetic(base, name="synthetic-small") -> Dataset:
     "A rendered set in Market-1501 layout, made below `base` on first use."
     module, function = "reidbook.synthetic:make".split(":")
@@ -394,7 +388,6 @@ def read_synthetic(base, name="synthetic-small") -> Dataset:
     layout = LAYOUTS["market1501"]._replace(cams=tuple(range(1, 100)), pattern=PID_CAM)
     return assemble(name, root, [read_split(name, root/folder, layout)[0] for folder in layout.folders])
 
-# %% ../nbs/01_data.ipynb #0079abcd
 READERS = {**{name: partial(read_layout, name) for name in LAYOUTS}, "msmt17": read_msmt17, "luperson": read_luperson,
            "csv": read_csv, "folder": read_folder, "synthetic": read_synthetic}
 
@@ -407,7 +400,7 @@ def open_dataset(name,       # one of READERS, or synthetic-PRESET
     if name not in READERS: raise ValueError(f"unknown data set {name!r}; known: {', '.join(READERS)} and synthetic-PRESET")
     return READERS[name](base)
 
-# %% ../nbs/01_data.ipynb #0083abcd
+# %% ../nbs/01_data.ipynb #0056abcd
 def show_images(images,       # N x 3 x H x W uint8, or paths
                 titles=None,  # one per image
                 *, ncols=8, frames=None,  # a colour per image
@@ -432,7 +425,6 @@ def show_images(images,       # N x 3 x H x W uint8, or paths
     plt.close(fig)
     return fig
 
-# %% ../nbs/01_data.ipynb #0084abcd
 MAX_PIXELS = 50_000_000
 
 def open_image(source) -> Image.Image:  # RGB
@@ -442,13 +434,13 @@ def open_image(source) -> Image.Image:  # RGB
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}: a decompression bomb?")
         return image.convert("RGB")
 
-# %% ../nbs/01_data.ipynb #0087abcd
+# %% ../nbs/01_data.ipynb #0059abcd
 def camera_matrix(table) -> pd.DataFrame:  # ids x cameras, number of images
     "How many images each identity has in each camera."
     if "pid" not in table or "cam" not in table: raise ValueError(f"the table has the columns {list(table.columns)}; ids and cameras are both needed here")
     return pd.crosstab(table["pid"], table["cam"])
 
-# %% ../nbs/01_data.ipynb #0091abcd
+# %% ../nbs/01_data.ipynb #0063abcd
 class Pair(NamedTuple):
     "A labelled source and a target whose training ids are hidden."
     source: Dataset
@@ -461,7 +453,7 @@ def open_pair(source, target, root=None) -> Pair:
     if "pid" not in source.train: raise ValueError(f"the source {source.name!r} has no ids; a labelled source is needed (is it the target?)")
     return Pair(source, replace(target, train=target.train.drop(columns="pid", errors="ignore")))
 
-# %% ../nbs/01_data.ipynb #0094abcd
+# %% ../nbs/01_data.ipynb #0066abcd
 def cpu_count() -> int:
     "Cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -477,7 +469,6 @@ def parallel(function, n, *, workers=None, chunk=64, desc="", progress=True):
                 yield job.result()
                 bar.update(min(at + chunk, n) - at)
 
-# %% ../nbs/01_data.ipynb #0097abcd
 def decode_into(images,  # N x 3 x H x W uint8, filled in place
                 paths, workers=None):
     "Decode every file, resize it (bicubic) and write it to its row; ValueError names all files that cannot be read."
@@ -492,7 +483,7 @@ def decode_into(images,  # N x 3 x H x W uint8, filled in place
     if failed: raise ValueError("\n  ".join([f"{len(failed)} of {len(paths)} images cannot be read; `reidbook data check` lists all of them:", *failed[:5]]))
     return images
 
-# %% ../nbs/01_data.ipynb #0100abcd
+# %% ../nbs/01_data.ipynb #0068abcd
 def _stat(path):
     try: info = os.stat(path)
     except OSError: return "missing"
@@ -508,7 +499,6 @@ def _open_copy(store, shape):
     except (OSError, ValueError, EOFError): return None
     return images if images.shape == shape and images.dtype == np.uint8 else None
 
-# %% ../nbs/01_data.ipynb #0101abcd
 def load_images(paths,         # N files
                 size,          # (height, width)
                 cache=None,    # a folder: keep a memory-mapped copy there, and use it while the files are unchanged
@@ -531,13 +521,12 @@ def load_images(paths,         # N files
         return decode_into(np.empty(shape, np.uint8), paths, workers)
     return _open_copy(store, shape)
 
-# %% ../nbs/01_data.ipynb #0108abcd
 def dataset_digest(dataset) -> str:
     "A short digest of the relative names and sizes of all files of a data set."
     lines = [f"{s}\t{os.path.relpath(p, dataset.root)}\t{os.path.getsize(p)}" for s in SPLITS for p in sorted(getattr(dataset, s)["path"])]
     return _key(*lines)[:16]
 
-# %% ../nbs/01_data.ipynb #0113abcd
+# %% ../nbs/01_data.ipynb #0075abcd
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def _as_batch(images):
@@ -555,7 +544,6 @@ def test_transform(images,  # B x 3 x H x W uint8, any device
     "Normalise with the ImageNet mean and standard deviation."
     return _normalise(_as_batch(images).float().div_(255))
 
-# %% ../nbs/01_data.ipynb #0117abcd
 class Draw(NamedTuple):
     "One random draw per image; `augment` applies it."
     flip: torch.Tensor    # B, bool
@@ -579,7 +567,7 @@ def draw_augmentation(n, size, generator, *, flip=0.5, pad=10, erase=0.5, jitter
     box = torch.stack([(u[:, 4] * (height - h + 1)).long(), (u[:, 5] * (width - w + 1)).long(), h, w], 1)
     return Draw(u[:, 0] < flip, (u[:, 1] * (2 * pad + 1)).long(), (u[:, 2] * (2 * pad + 1)).long(), box, 1 + jitter * (2 * u[:, 6:] - 1), pad)
 
-# %% ../nbs/01_data.ipynb #0120abcd
+# %% ../nbs/01_data.ipynb #0079abcd
 def jitter_colours(images,  # B x 3 x H x W in 0..1
                    factor,  # B x 3: brightness, contrast, saturation
                    ) -> torch.Tensor:
@@ -592,7 +580,6 @@ def jitter_colours(images,  # B x 3 x H x W in 0..1
     luma = (images * grey).sum(1, keepdim=True)
     return (luma + (images - luma) * saturation).clamp(0, 1)
 
-# %% ../nbs/01_data.ipynb #0122abcd
 def augment(images,        # B x 3 x H x W uint8, any device
             draw,          # one Draw for the batch
             compat=False,  # fill erased rectangles as the released code does
@@ -612,7 +599,6 @@ def augment(images,        # B x 3 x H x W uint8, any device
     inside = ((rows >= y) & (rows < y + h))[:, None, :, None] & ((cols >= x) & (cols < x + w))[:, None, None, :]
     return torch.where(inside, _channel(MEAN, device) if compat else images.new_zeros(()), images)
 
-# %% ../nbs/01_data.ipynb #0123abcd
 def train_transform(images,     # B x 3 x H x W uint8, any device
                     generator,  # torch.Generator on the CPU: the draws are the same on every device
                     *, flip=0.5, pad=10, erase=0.5, jitter=0.0,
@@ -622,7 +608,7 @@ def train_transform(images,     # B x 3 x H x W uint8, any device
     draw = draw_augmentation(len(images), tuple(images.shape[2:]), generator, flip=flip, pad=pad, erase=erase, jitter=jitter)
     return augment(images, draw, compat)
 
-# %% ../nbs/01_data.ipynb #0131abcd
+# %% ../nbs/01_data.ipynb #0086abcd
 def deal_group(rows,       # rows of one cluster
                dealt,      # N, how often each image was dealt; counted up here
                cams,       # N cameras, or None
@@ -636,7 +622,6 @@ def deal_group(rows,       # rows of one cluster
     np.add.at(dealt, group, 1)
     return group
 
-# %% ../nbs/01_data.ipynb #0137abcd
 def clusters_of(labels, batch_size, instances) -> list:  # index arrays, one per cluster
     "The rows of each cluster, -1 left out; ValueError when there are too few for a batch."
     labels = np.asarray(labels)
@@ -651,7 +636,7 @@ def clusters_of(labels, batch_size, instances) -> list:  # index arrays, one per
                          "loosen eps or lower min_samples to get more clusters, lower batch_size, or raise instances")
     return rows
 
-# %% ../nbs/01_data.ipynb #0140abcd
+# %% ../nbs/01_data.ipynb #0090abcd
 def pk_batches(labels,     # N labels; rows with -1 are never drawn
                cams=None,  # N cameras, or None when unknown
                *, batch_size=64, instances=4,
@@ -677,7 +662,7 @@ def _pk_batches(rows, cams, n, clusters, instances, rng, prefer):
         queue = wait + queue
         yield np.concatenate([deal_group(rows[c], dealt, cams, instances, rng, prefer) for c in chosen])
 
-# %% ../nbs/01_data.ipynb #0146abcd
+# %% ../nbs/01_data.ipynb #0093abcd
 def released_generators(seed) -> tuple:
     "The three generators the released sampler draws from, seeded as the released scripts seed the global ones."
     return torch.Generator().manual_seed(seed), Random(seed), np.random.RandomState(seed)
@@ -697,7 +682,6 @@ def released_order(labels, cams, instances, generators, prefer_other_cameras=Tru
         if others: order += [others[i] for i in choose.choice(len(others), instances - 1, replace=len(others) < instances)]
     return np.array(order, np.int64)
 
-# %% ../nbs/01_data.ipynb #0147abcd
 def _released_batches(labels, cams, batch_size, instances, rng, prefer):
     "Consecutive slices of one pass after the other; what is left of a pass is dropped."
     if isinstance(rng, np.random.Generator): rng = int(rng.integers(2**31))
@@ -708,7 +692,7 @@ def _released_batches(labels, cams, batch_size, instances, rng, prefer):
             raise ValueError(f"one pass of the released sampler gives {len(order)} images, fewer than batch_size {batch_size}; the released code stops here with StopIteration")
         yield from order[:len(order) // batch_size * batch_size].reshape(-1, batch_size)
 
-# %% ../nbs/01_data.ipynb #0155abcd
+# %% ../nbs/01_data.ipynb #0101abcd
 def group_batches(labels,  # N labels; rows with -1 are never drawn
                   *, batch_size=64, group=64,  # largest number of images of a cluster that stay together
                   rng):  # endless iterator of int64 arrays
@@ -725,7 +709,6 @@ def _group_batches(rows, batch_size, group, rng):
         full = order[:len(order) // batch_size * batch_size].reshape(-1, batch_size)
         yield from full[rng.permutation(len(full))]
 
-# %% ../nbs/01_data.ipynb #0158abcd
 def shard(batches,  # iterator of index arrays, the same in every process
           rank, world_size):
     "This process's consecutive slice of every global batch; all processes must start from the same seed."
@@ -734,7 +717,7 @@ def shard(batches,  # iterator of index arrays, the same in every process
         if len(batch) % world_size: raise ValueError(f"a batch of {len(batch)} cannot be split evenly over {world_size} processes; change batch_size")
         yield np.split(batch, world_size)[rank]
 
-# %% ../nbs/01_data.ipynb #0161abcd
+# %% ../nbs/01_data.ipynb #0104abcd
 @dataclass
 class Report:
     "What `check` found."
@@ -762,7 +745,7 @@ class Report:
         lines += [f"| {split} | {' | '.join(map(str, row))} |" for split, row in zip(body.index, body.to_numpy())]
         return "\n".join([*lines, "", *(f"- **error**: {e}" for e in self.errors), *(f"- warning: {w}" for w in self.warnings)])
 
-# %% ../nbs/01_data.ipynb #0163abcd
+# %% ../nbs/01_data.ipynb #0105abcd
 def official_counts(dataset) -> dict:  # split -> (images, ids); ids None: not checked
     "What a data set should hold: from its layout, or from the card of a rendered set."
     if dataset.name in LAYOUTS: return LAYOUTS[dataset.name].official
@@ -778,13 +761,14 @@ def check_counts(report, dataset):
             if n is None: continue
             table.loc[split, f"official {what}"] = n
             found = table.loc[split, what]
-            if found != n: report.errors.append(f"{split}: {'unknown' if pd.isna(found) else format(found, ',')} {what}, {n:,} expected")
+            if pd.isna(found) or found != n: report.errors.append(f"{split}: {what} {'unknown' if pd.isna(found) else format(found, ',')}, {n:,} expected")
+    report.table = table = table.astype("Int64")
     if not table.loc["train", "images"]: report.errors.append("train: no images")
     images = tuple(table["images"])
     twin = [name for name, layout in LAYOUTS.items() if name != dataset.name and images == tuple(n for n, _ in layout.official.values())]
     if twin: report.errors.append(f"the counts are those of {twin[0]}: was it opened under the wrong name?")
 
-# %% ../nbs/01_data.ipynb #0165abcd
+# %% ../nbs/01_data.ipynb #0107abcd
 def answerable(query, gallery) -> np.ndarray:  # bool, one per query
     "Whether some gallery image has the query's id and another camera."
     pairs = gallery[["pid", "cam"]].drop_duplicates()
@@ -792,7 +776,6 @@ def answerable(query, gallery) -> np.ndarray:  # bool, one per query
     own = pd.MultiIndex.from_frame(query[["pid", "cam"]]).isin(pd.MultiIndex.from_frame(pairs))
     return cameras - own > 0
 
-# %% ../nbs/01_data.ipynb #0166abcd
 def check_labels(report, dataset):
     "Missing columns, missing cameras, lonely images, queries without an answer."
     add, known = report.warnings.append, dataset.name in LAYOUTS
@@ -801,16 +784,16 @@ def check_labels(report, dataset):
         if "pid" not in table: add(f"{split}: ids are unknown" + ("; training works, label noise cannot be measured" if split == "train" else "; it cannot be scored"))
         if "cam" not in table: add(f"{split}: cameras are unknown; the sampler and the evaluation do without them")
     cams = {c for table in tables.values() if "cam" in table for c in table["cam"].unique().tolist()}
-    if known and len(cams) != len(LAYOUTS[dataset.name].cams): report.errors.append(f"{len(cams)} cameras in all, {len(LAYOUTS[dataset.name].cams)} expected")
+    if known and len(cams) != len(LAYOUTS[dataset.name].cams): report.errors.append(f"cameras in all: {len(cams)}, {len(LAYOUTS[dataset.name].cams)} expected")
     elif len(cams) == 1: add("there is one camera only: the usual evaluation, which leaves out the query's own camera, has nothing to find")
-    if "train" in tables and "pid" in tables["train"] and (lonely := int((tables["train"]["pid"].value_counts() == 1).sum())): add(f"train: {lonely} ids with a single image")
+    if "train" in tables and "pid" in tables["train"] and (lonely := int((tables["train"]["pid"].value_counts() == 1).sum())): add(f"train: ids with a single image: {lonely:,}")
     if not {"query", "gallery"} <= set(tables): return add("no query or no gallery: training works, nothing can be evaluated")
     query, gallery = tables["query"], tables["gallery"]
     if all(c in t for c in ("pid", "cam") for t in (query, gallery)) and (n := int((~answerable(query, gallery)).sum())):
         text = f"query: {n:,} of {len(query):,} have no gallery image of the same id in another camera"
         (report.errors if n == len(query) else report.warnings).append(text)
 
-# %% ../nbs/01_data.ipynb #0168abcd
+# %% ../nbs/01_data.ipynb #0109abcd
 def inspect_file(path) -> tuple:  # digest, problem ("": none), (width, height) or None
     "Read one file, hash it, decode it."
     try: data = Path(path).read_bytes()
@@ -825,7 +808,6 @@ def inspect_file(path) -> tuple:  # digest, problem ("": none), (width, height) 
     except Exception as error: return digest, re.sub(r" ?<.*>", "", str(error)) or type(error).__name__, None
     return digest, "", size
 
-# %% ../nbs/01_data.ipynb #0170abcd
 COPIES = {"train and test": "error", "query and gallery, same id, another camera": "error", "two ids": "warning",
           "query and gallery, left out by the evaluation": "warning", "one split": "warning", "query and gallery": "warning"}
 
@@ -839,7 +821,7 @@ def kind_of_copy(group) -> str:
     queries, gallery = (set(group["cam"][group["split"] == s]) for s in ("query", "gallery"))
     return "query and gallery, left out by the evaluation" if queries == gallery and len(queries) == 1 else "query and gallery, same id, another camera"
 
-# %% ../nbs/01_data.ipynb #0172abcd
+# %% ../nbs/01_data.ipynb #0110abcd
 def check_files(report, dataset, workers=None, progress=True):
     "Every file once: unreadable, listed twice, byte-identical."
     table = pd.concat([getattr(dataset, split).assign(split=split) for split in SPLITS if len(getattr(dataset, split))] or [_no_images()], ignore_index=True)
@@ -849,27 +831,27 @@ def check_files(report, dataset, workers=None, progress=True):
     table["digest"], table["problem"] = [f[0] for f in found], [f[1] for f in found]
     problems = []
     for split, rows in table[table["problem"] != ""].groupby("split", sort=False):
-        report.errors.append(f"{split}: {len(rows):,} images cannot be read, first {short(rows['path'].iloc[0])}: {rows['problem'].iloc[0]}")
+        report.errors.append(f"{split}: images that cannot be read: {len(rows):,}, first {short(rows['path'].iloc[0])}: {rows['problem'].iloc[0]}")
         problems.append(rows[["path", "split", "problem"]])
-    if n := int(table["path"].duplicated().sum()): report.errors.append(f"{n:,} files are listed twice, first {short(table['path'][table['path'].duplicated()].iloc[0])}")
+    if n := int(table["path"].duplicated().sum()): report.errors.append(f"files listed twice: {n:,}, first {short(table['path'][table['path'].duplicated()].iloc[0])}")
     twins = table[table["digest"].duplicated(keep=False) & (table["digest"] != "")]
     twins = twins.assign(problem=twins["digest"].map({digest: kind_of_copy(group) for digest, group in twins.groupby("digest")}))
     for kind, rows in twins.groupby("problem"):
-        text = f"{len(rows):,} files are copies of one another ({kind}), first {short(rows['path'].iloc[0])}"
+        text = f"byte-identical files, {kind}: {len(rows):,}, first {short(rows['path'].iloc[0])}"
         (report.errors if COPIES[kind] == "error" else report.warnings).append(text)
         problems.append(rows[["path", "split"]].assign(problem=f"copy: {kind}"))
     sizes = pd.Series([f[2][1] for f in found if f[2]], dtype=float)
-    if len(sizes) and sizes.min() < 16: report.warnings.append(f"{int((sizes < 16).sum()):,} images are lower than 16 pixels")
+    if len(sizes) and sizes.min() < 16: report.warnings.append(f"images lower than 16 pixels: {int((sizes < 16).sum()):,}")
     report.files = pd.concat(problems, ignore_index=True) if problems else pd.DataFrame(columns=["path", "split", "problem"])
     report.files["path"] = [short(p) for p in report.files["path"]]
 
-# %% ../nbs/01_data.ipynb #0173abcd
 def check(dataset,          # from open_dataset
           workers=None,     # threads; None: one per core
           progress=True,
           ) -> Report:
     "Everything that could falsify a result (errors) or is worth knowing (warnings), before any training."
-    report = Report(dataset.name + (f" ({dataset.variant})" if dataset.variant else ""), dataset.counts(), warnings=list(dataset.notes))
+    report = Report(dataset.name + (f" ({dataset.variant})" if dataset.variant else ""), dataset.counts(),
+                    warnings=[n for n in dataset.notes if dataset.name not in LAYOUTS or n != LAYOUTS[dataset.name].note])
     check_counts(report, dataset)
     check_labels(report, dataset)
     check_files(report, dataset, workers, progress)
