@@ -6,26 +6,21 @@ computation (dense k-reciprocal Jaccard + scikit-learn's dense precomputed DBSCA
 import numpy as np
 
 
-def ranks(features, k, block=2048):
-    "Full search, ties by lower index: N x k indices (self included), N x k similarities."
+def ranks(features, k):
+    """Full search: N x k indices (self included), N x k similarities. Up to 2048 rows in float64, ties by lower index;
+    beyond, the flat faiss index that the published code uses."""
     x = np.asarray(features, np.float32)
-    n = len(x)
-    k = min(k, n)
-    rank, sims = np.empty((n, k), np.int64), np.empty((n, k), np.float32)
-    for start in range(0, n, block):
-        if n <= 1024:                                        # row by row in float64: exact copies get exactly equal products
-            s = np.stack([(x.astype(np.float64) * row).sum(axis=1) for row in x[start:start + block].astype(np.float64)])
-        else:
-            s = x[start:start + block] @ x.T
-        if n <= 4096:
-            order = np.argsort(-s, axis=1, kind="stable")[:, :k]
-        else:                                                # the large case: the k best first, then their order
-            part = np.argpartition(-s, k - 1, axis=1)[:, :k]
-            part.sort(axis=1)
-            order = np.take_along_axis(part, np.argsort(-np.take_along_axis(s, part, 1), axis=1, kind="stable"), 1)
-        rank[start:start + block] = order
-        sims[start:start + block] = np.take_along_axis(s, order, 1)
-    return rank, sims
+    n, k = len(x), min(k, len(features))
+    if n > 2048:
+        import faiss
+        index = faiss.IndexFlatIP(x.shape[1])
+        index.add(x)
+        sims, rank = index.search(x, k)
+        return rank, sims
+    wide = x.astype(np.float64)                              # row by row: exact copies get exactly equal products
+    s = np.stack([(wide * row).sum(axis=1) for row in wide])
+    rank = np.argsort(-s, axis=1, kind="stable")[:, :k]
+    return rank, np.take_along_axis(s, rank, 1).astype(np.float32)
 
 
 def _reciprocal(rank, i, size):
@@ -37,14 +32,15 @@ def _encode(rank, full, half, weight):
     "Dense V: row i = normalised weights over the expanded k-reciprocal set of i."
     n = len(rank)
     half_sets = [_reciprocal(rank, i, half) for i in range(n)]
+    where = [frozenset(h.tolist()) for h in half_sets]
     v = np.zeros((n, n), np.float32)
     for i in range(n):
         base = _reciprocal(rank, i, full)
-        grown = base
+        own, grown = set(base.tolist()), set(base.tolist())
         for c in base:
-            if 3 * len(np.intersect1d(half_sets[c], base)) > 2 * len(half_sets[c]):
-                grown = np.append(grown, half_sets[c])
-        grown = np.unique(grown)
+            if 3 * len(where[c] & own) > 2 * len(where[c]):
+                grown |= where[c]
+        grown = np.array(sorted(grown), np.int64)
         if len(grown):
             w = weight(i, grown)
             v[i, grown] = w / w.sum()
@@ -52,7 +48,12 @@ def _encode(rank, full, half, weight):
 
 
 def _expand(v, rank, k2):
-    return v if k2 == 1 else np.stack([v[rank[i, :k2]].mean(axis=0) for i in range(len(v))])
+    if k2 == 1:
+        return v
+    out = np.empty_like(v)
+    for i in range(len(v)):
+        out[i] = v[rank[i, :k2]].mean(axis=0)
+    return out
 
 
 def _min_sum_distance(v, rows):
@@ -64,7 +65,7 @@ def _min_sum_distance(v, rows):
         for j in np.where(v[i] != 0)[0]:
             m[columns[j]] += np.minimum(v[i, j], v[columns[j], j])
         out[a] = 1 - m / (2 - m)
-    return np.maximum(out, 0)
+    return np.maximum(out, 0, out=out)
 
 
 def jaccard_distance(features, k1=30, k2=6, rank=None):
