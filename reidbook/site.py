@@ -10,7 +10,8 @@ __all__ = ['NBDEV', 'CODE', 'RUN_FIELDS', 'ACCENTS', 'INLINE', 'TEMPLATE', 'MACH
            'mathml', 'untex', 'read_bib', 'short_citation', 'full_citation', 'cite_html', 'markdown_html',
            'output_html', 'code_html', 'cell_html', 'heading_id', 'finish_html', 'sidebar_html', 'page_address',
            'facts_html', 'way_html', 'listing_html', 'read_page', 'picture_saver', 'render_page', 'render_plain',
-           'build_site', 'parse_errors', 'check_link', 'check_page', 'check_site', 'check_notebook', 'check_sources']
+           'replace_folder', 'build_site', 'parse_errors', 'check_link', 'check_page', 'check_site', 'check_notebook',
+           'check_sources']
 
 # %% ../nbs/24_site.ipynb #0002abcd
 import ast, html, json, os, re, shutil, subprocess, tempfile, unicodedata
@@ -416,17 +417,16 @@ def heading_id(text: str, taken: set) -> str:
 # %% ../nbs/24_site.ipynb #0081abcd
 def finish_html(body: str):  # html, list of (level, id, text)
     "Headings named and listed, links to notebooks turned into links to pages."
-    from bs4 import BeautifulSoup
-    soup, taken, toc = BeautifulSoup(body, "html.parser"), set(), []
-    for mark in soup.select("a.anchor-link"): mark.decompose()
-    for h in soup.find_all(re.compile("^h[1-6]$")):
-        text = h.get_text()
-        h["id"] = heading_id(text, taken)
-        if h.name in ("h2", "h3"): toc.append((int(h.name[1]), h["id"], text))
-    for a in soup.find_all("a", href=True):
-        if not urlsplit(a["href"]).scheme: a["href"] = re.sub(r"\.(ipynb|qmd)(?=#|$)", ".html", a["href"])
-    for style in soup.select(".cell-output style"): style.decompose()
-    return str(soup), toc
+    taken, toc = set(), []
+    def heading(m):
+        inner = re.sub(r'<a class="anchor-link".*?</a>', "", m[2])
+        text = html.unescape(re.sub(r"<[^>]+>", "", inner))
+        name = heading_id(text, taken)
+        if m[1] in "23": toc.append((int(m[1]), name, text))
+        return f'<h{m[1]} id="{name}">{inner}</h{m[1]}>'
+    def link(m): return m[0] if urlsplit(m[2]).scheme else m[1] + re.sub(r"\.(ipynb|qmd)(?=#|$)", ".html", m[2]) + '"'
+    body = re.sub(r"<h([1-6])[^>]*>(.*?)</h\1>", heading, body, flags=re.S)
+    return re.sub(r'(<a\s[^>]*?href=")([^"]*)"', link, re.sub(r"<style\b.*?</style>", "", body, flags=re.S)), toc
 
 # %% ../nbs/24_site.ipynb #0084abcd
 def sidebar_html(contents: list, titles: dict, here: str, up: str) -> str:
@@ -540,6 +540,15 @@ def render_plain(staged: Stage) -> Path:  # the folder of finished pages
     return out
 
 # %% ../nbs/24_site.ipynb #0094abcd
+def replace_folder(made: Path, out: Path):
+    "Put the folder `made` where `out` is; whoever looks sees the old site or the new one."
+    new, old = (out.with_name(f"{out.name}.{what}{os.getpid()}") for what in ("new", "old"))
+    shutil.move(str(made), new)
+    if out.exists(): out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+# %% ../nbs/24_site.ipynb #0096abcd
 def build_site(out=None,     # where the site goes; None: _docs in the checkout
                quarto=None,  # path of Quarto; None: the one on PATH, if any; False: the plain build in any case
                *, root=None, # a folder in the checkout
@@ -551,22 +560,15 @@ def build_site(out=None,     # where the site goes; None: _docs in the checkout
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "index.html").exists())):
         raise ValueError(f"{out} exists and does not look like a site (no index.html): give a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = root / "_proc"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    staged = stage(root, work)
-    if not quarto: staged.messages.append("Quarto was not found: this is the plain build (install Quarto from quarto.org for its theme and search)")
-    made = render_quarto(staged, quarto) if quarto else render_plain(staged)
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists(): out.rename(old)
-    shutil.move(str(made), out)
-    shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="reidbook-site-") as work:
+        staged = stage(root, Path(work))
+        if not quarto: staged.messages.append("Quarto was not found: this is the plain build (install Quarto from quarto.org for its theme and search)")
+        replace_folder(render_quarto(staged, quarto) if quarto else render_plain(staged), out)
     for message in staged.messages: print("site:", message)
     print(f"site: {len(staged.pages)} pages, {len(staged.runs)} runs in {out.name}/")
     return out
 
-# %% ../nbs/24_site.ipynb #0101abcd
+# %% ../nbs/24_site.ipynb #0103abcd
 MACHINE = re.compile(r"(?<![\w.:/~-])/(?:work|tmp|root|home/\w+|Users/\w+|mnt)/[\w.-]+")
 
 def parse_errors(text: str) -> list:
@@ -577,7 +579,7 @@ def parse_errors(text: str) -> list:
     parser.parse(text)
     return [f"line {line}: {code}" for (line, _), code, _ in parser.errors]
 
-# %% ../nbs/24_site.ipynb #0103abcd
+# %% ../nbs/24_site.ipynb #0105abcd
 @lru_cache(maxsize=4096)
 def _anchors(path: Path, _time) -> frozenset:
     "Names in a page that a link can point at."
@@ -596,7 +598,7 @@ def check_link(address: str, page: Path, folder: Path) -> str:  # "" when it is 
         return f"link {address}: no such anchor"
     return ""
 
-# %% ../nbs/24_site.ipynb #0104abcd
+# %% ../nbs/24_site.ipynb #0106abcd
 def check_page(page: Path, folder: Path) -> list:
     "Problems of one HTML page."
     from bs4 import BeautifulSoup
@@ -616,7 +618,7 @@ def check_page(page: Path, folder: Path) -> list:
     problems += [f"{e.get_text()} is not resolved" for e in soup.select(".unresolved, .quarto-unresolved-ref")]
     return problems + [f"path of a machine: {m}" for m in sorted(set(MACHINE.findall(text)))]
 
-# %% ../nbs/24_site.ipynb #0105abcd
+# %% ../nbs/24_site.ipynb #0107abcd
 def check_site(folder, root=None) -> list:  # "page: problem", empty when all is well
     "Check a built site; with `root`, also that it holds every chapter of the reading order and every finished run."
     folder = Path(folder)
@@ -628,7 +630,7 @@ def check_site(folder, root=None) -> list:  # "page: problem", empty when all is
     wanted = [f for _, f in reading_order(wanted)] + [page for page, _ in finished_runs(book_root(root) / "nbs")[0]]
     return problems + [f"{page}: not in the site" for page in wanted if not (folder / page_address(page)).is_file()]
 
-# %% ../nbs/24_site.ipynb #0111abcd
+# %% ../nbs/24_site.ipynb #0113abcd
 def check_notebook(path: Path, nbs: Path, keys: set) -> list:
     "Problems of one notebook: format, title, errors in outputs, citations, links."
     try:
@@ -648,10 +650,10 @@ def check_notebook(path: Path, nbs: Path, keys: set) -> list:
         problems += [f"cell {n}: @{k} is not in references.bib" for c in re.findall(r"\[([^\[\]]*@[^\[\]]*)\](?!\()", prose)
                      for k in re.findall(r"@([\w:-]*\w)", c) if k not in keys]
         problems += [f"cell {n}: link {a} leads nowhere" for a in re.findall(r"\]\(([^)\s]+)\)", prose)
-                     if not urlsplit(a).scheme and (file := unquote(urlsplit(a).path)) and not (path.parent / file).exists() and file != "api.qmd"]
+                     if not urlsplit(a).scheme and (file := unquote(urlsplit(a).path)) and not (path.parent / file).exists()]
     return problems
 
-# %% ../nbs/24_site.ipynb #0112abcd
+# %% ../nbs/24_site.ipynb #0114abcd
 def check_sources(root=None) -> list:
     "Check every notebook of the checkout: \"file: problem\"."
     root = book_root(root)
