@@ -24,7 +24,6 @@ from .data import cpu_count, data_root
 # %% ../nbs/02_synthetic.ipynb #0005abcd
 VERSION = 1  # raise it whenever the same preset would draw other pixels
 
-# %% ../nbs/02_synthetic.ipynb #0006abcd
 @dataclasses.dataclass(frozen=True)
 class Preset:
     "Everything that decides a synthetic set: equal presets render equal bytes."
@@ -44,7 +43,7 @@ class Preset:
     style: str = "town"                 # palette, buildings and light: a key of STYLES
     kind: str = "person"                # what is drawn: a key of DRAW
 
-# %% ../nbs/02_synthetic.ipynb #0008abcd
+# %% ../nbs/02_synthetic.ipynb #0007abcd
 PRESETS = {
     "synthetic-tiny": Preset("For tests: rendered in a second", 1, 16, 12, 4, 4, distractors=12, size=(64, 32)),
     "synthetic-small": Preset("The demo: trains in minutes on two cores", 2, 100, 60, 5, 5),
@@ -55,14 +54,14 @@ PRESETS = {
     "synthetic-cameras": Preset("Cameras that disagree strongly", 8, 100, 60, 5, 5, camera=1.8),
 }
 
-# %% ../nbs/02_synthetic.ipynb #0013abcd
+# %% ../nbs/02_synthetic.ipynb #0012abcd
 def _rng(purpose: str,  # a four-letter word for what is drawn
          *key: int,     # non-negative: seed, split, identity, camera, image
          ) -> np.random.Generator:
     "A generator that depends on its key and on nothing else."
     return np.random.default_rng(np.random.SeedSequence([VERSION, int.from_bytes(purpose.encode()[:4], "little"), *key]))
 
-# %% ../nbs/02_synthetic.ipynb #0016abcd
+# %% ../nbs/02_synthetic.ipynb #0015abcd
 class Piece(NamedTuple):
     "One visible thing about a person: a garment, hair, a bag."
     kind: str      # "trousers", "backpack", ...; "none" is not drawn
@@ -70,7 +69,6 @@ class Piece(NamedTuple):
     second: tuple  # RGB of stripes, logo or what an open jacket shows
     pattern: str   # "plain", "stripes", "checks", "halves", "logo", "open", "side"
 
-# %% ../nbs/02_synthetic.ipynb #0017abcd
 class Person(NamedTuple):
     "An identity: everything that does not change from image to image."
     height: float     # 1 = average
@@ -84,7 +82,7 @@ class Person(NamedTuple):
     carried: Piece
     hat: Piece
 
-# %% ../nbs/02_synthetic.ipynb #0019abcd
+# %% ../nbs/02_synthetic.ipynb #0017abcd
 STYLES = {
     "town": dict(
         upper=[(28, 28, 32), (72, 74, 78), (140, 140, 143), (226, 226, 220), (34, 44, 86), (58, 94, 165), (150, 182, 212), (170, 38, 44),
@@ -102,7 +100,7 @@ STYLES = {
         ground=(96, 104, 112), wall=(88, 100, 116), tint=14, light=(0.55, 0.95), pitch=(0.3, 0.7)),
 }
 
-# %% ../nbs/02_synthetic.ipynb #0022abcd
+# %% ../nbs/02_synthetic.ipynb #0020abcd
 SKINS = [(238, 205, 180), (224, 182, 150), (198, 150, 115), (150, 105, 75), (105, 72, 52)]
 HAIRS = [(25, 22, 20), (60, 42, 30), (110, 78, 48), (190, 160, 100), (150, 148, 146), (125, 60, 35)]
 KINDS = {"hair": (["short", "long", "bun", "none"], [.5, .28, .12, .1]),
@@ -114,13 +112,11 @@ KINDS = {"hair": (["short", "long", "bun", "none"], [.5, .28, .12, .1]),
 PATTERNS = {"upper": (["plain", "stripes", "checks", "halves", "logo", "open"], [.34, .14, .08, .12, .16, .16]),
             "lower": (["plain", "side", "checks"], [.8, .1, .1])}
 
-# %% ../nbs/02_synthetic.ipynb #0023abcd
 def _palette(part: str, style: dict) -> list:
     "The colours a part may have."
     if part == "hair": return HAIRS
     return style["bag"] if part in ("carried", "hat") else style["lower"] if part in ("lower", "shoes") else style["upper"]
 
-# %% ../nbs/02_synthetic.ipynb #0024abcd
 def _piece(part: str, style: dict, rng: np.random.Generator) -> Piece:
     "Draw one piece: kind, pattern and two colours that differ, each a little off the palette."
     colours = _palette(part, style)
@@ -129,7 +125,6 @@ def _piece(part: str, style: dict, rng: np.random.Generator) -> Piece:
     pattern = rng.choice(PATTERNS[part][0], p=PATTERNS[part][1]) if part in PATTERNS else "plain"
     return Piece(str(rng.choice(KINDS[part][0], p=KINDS[part][1])), wobble(colours[first]), wobble(colours[second]), str(pattern))
 
-# %% ../nbs/02_synthetic.ipynb #0026abcd
 @lru_cache(maxsize=4096)
 def _own_look(preset: Preset, split: int, pid: int) -> Person:
     "The person that an identity's own key gives, before any copying."
@@ -138,12 +133,12 @@ def _own_look(preset: Preset, split: int, pid: int) -> Person:
     height, width, shoulders = np.clip(rng.normal(1, (.055, .13, .08)), (.88, .78, .85), (1.1, 1.35, 1.15))
     return Person(float(height), float(width), float(shoulders), SKINS[rng.integers(len(SKINS))], **pieces)
 
-# %% ../nbs/02_synthetic.ipynb #0028abcd
+# %% ../nbs/02_synthetic.ipynb #0022abcd
 def is_lookalike(preset: Preset, pid: int) -> bool:
     "Whether identity `pid` (0-based) copies somebody; exactly the share `preset.lookalike` does, evenly spread."
     return int((pid + 1) * preset.lookalike) > int(pid * preset.lookalike)
 
-# %% ../nbs/02_synthetic.ipynb #0030abcd
+# %% ../nbs/02_synthetic.ipynb #0024abcd
 CLOTHES = ("upper", "lower", "shoes", "carried", "hat")
 
 def identity(preset: Preset,
@@ -160,7 +155,7 @@ def identity(preset: Preset,
         own = own._replace(carried=own.carried._replace(kind="backpack" if own.carried.kind == "none" else "none"))
     return own._replace(**{part: getattr(copied, part) for part in CLOTHES if part != keep})
 
-# %% ../nbs/02_synthetic.ipynb #0033abcd
+# %% ../nbs/02_synthetic.ipynb #0027abcd
 def _walk(person: Person, phase: float) -> dict[str, np.ndarray]:
     "Joints of a walker facing +z: x to the right, y up from the feet, an average person 1 high."
     swing, wide = .42 * np.sin(phase), .5 + .5 * person.width
@@ -177,7 +172,7 @@ def _walk(person: Person, phase: float) -> dict[str, np.ndarray]:
                    dict(hip=hip, knee=knee, ankle=ankle, toe=ankle + [0, -.02, .06], shoulder=shoulder, elbow=elbow, hand=hand).items()}
     return {name: np.asarray(joint, float) * person.height for name, joint in joints.items()}
 
-# %% ../nbs/02_synthetic.ipynb #0035abcd
+# %% ../nbs/02_synthetic.ipynb #0029abcd
 def skeleton(person: Person,
              facing: float,       # radians: 0 towards the camera, pi away from it
              phase: float,        # radians within the walking cycle
@@ -191,7 +186,7 @@ def skeleton(person: Person,
         seen[name] = np.array([x * zoom, .5 + (y - .5) * zoom - depth * np.sin(pitch), depth])
     return seen
 
-# %% ../nbs/02_synthetic.ipynb #0041abcd
+# %% ../nbs/02_synthetic.ipynb #0034abcd
 class Brush:
     "Draws on a transparent layer in body units: x to the right, y up from where the feet stand, 1 = an average person."
     def __init__(self, size,           # (height, width) of the layer in pixels
@@ -212,17 +207,16 @@ class Brush:
         self.ellipse(a, wa, wa, colour)
         self.ellipse(b, wb, wb, colour)
 
-# %% ../nbs/02_synthetic.ipynb #0043abcd
+# %% ../nbs/02_synthetic.ipynb #0036abcd
 def _dim(colour, factor: float) -> tuple:
     "A darker or lighter version of a colour."
     return tuple(int(np.clip(v * factor, 0, 255)) for v in colour[:3])
 
-# %% ../nbs/02_synthetic.ipynb #0044abcd
 def _half_width(person: Person, facing: float, front: float, side: float) -> float:
     "Half the width of an elliptic body section, `front` by `side`, seen from `facing`."
     return person.width * person.height * float(np.hypot(front * np.cos(facing), side * np.sin(facing)))
 
-# %% ../nbs/02_synthetic.ipynb #0046abcd
+# %% ../nbs/02_synthetic.ipynb #0038abcd
 def _leg(brush: Brush, person: Person, body: dict, side: str, light: float):
     "One leg: skin or cloth, the stripe down its side, the shoe."
     hip, knee, ankle, toe = (body[f"{side} {joint}"] for joint in ("hip", "knee", "ankle", "toe"))
@@ -234,7 +228,6 @@ def _leg(brush: Brush, person: Person, body: dict, side: str, light: float):
         brush.limb(hip, ankle if kind == "trousers" else knee, .012, .01, _dim(person.lower.second, light))
     brush.limb(ankle, toe, .024, .02, _dim(person.shoes.colour, light))
 
-# %% ../nbs/02_synthetic.ipynb #0047abcd
 def _arm(brush: Brush, person: Person, body: dict, side: str, light: float):
     "One arm: a sleeve to the wrist, or to above the elbow, and the hand."
     shoulder, elbow, hand = (body[f"{side} {joint}"] for joint in ("shoulder", "elbow", "hand"))
@@ -244,7 +237,7 @@ def _arm(brush: Brush, person: Person, body: dict, side: str, light: float):
     if short: brush.limb(shoulder + .62 * (elbow - shoulder), elbow, .029 * w, .026 * w, skin)
     brush.ellipse(hand, .02, .024, skin)
 
-# %% ../nbs/02_synthetic.ipynb #0049abcd
+# %% ../nbs/02_synthetic.ipynb #0040abcd
 def _cloth(brush: Brush, piece: Piece, bottom: float, top: float, facing: float) -> Image.Image:
     "A transparent sheet with the second colour of a piece, between heights `bottom` and `top`."
     sheet = Brush(brush.layer.size[::-1])
@@ -260,7 +253,6 @@ def _cloth(brush: Brush, piece: Piece, bottom: float, top: float, facing: float)
     if piece.pattern == "open" and front > -.1: sheet.box(shift - .034, shift + .034, bottom - .1, top + .1, piece.second)
     return sheet.layer
 
-# %% ../nbs/02_synthetic.ipynb #0050abcd
 def _garment(brush: Brush, piece: Piece, outline: list, bottom: float, top: float, facing: float):
     "Fill an outline with a piece's colour and pattern."
     brush.polygon(outline, piece.colour)
@@ -269,7 +261,7 @@ def _garment(brush: Brush, piece: Piece, outline: list, bottom: float, top: floa
     ImageDraw.Draw(mask).polygon([brush.at(p) for p in outline], fill=255)
     brush.layer.paste(cloth, (0, 0), Image.composite(cloth.getchannel("A"), Image.new("L", mask.size), mask))
 
-# %% ../nbs/02_synthetic.ipynb #0051abcd
+# %% ../nbs/02_synthetic.ipynb #0042abcd
 def _lower(brush: Brush, person: Person, body: dict, facing: float):
     "What joins the legs: the seat of the trousers, or a skirt."
     hip, h = body["hip"][:2], person.height
@@ -279,7 +271,6 @@ def _lower(brush: Brush, person: Person, body: dict, facing: float):
     outline = [hip + [-waist, .05], hip + [waist, .05], hem + [1.25 * seat, 0], hem - [1.25 * seat, 0]]
     _garment(brush, person.lower, outline, hem[1], hip[1] + .05, facing)
 
-# %% ../nbs/02_synthetic.ipynb #0052abcd
 def _upper(brush: Brush, person: Person, body: dict, facing: float):
     "The upper garment, from the shoulders to its hem; a coat reaches down the thighs."
     hip, top, h, coat = body["hip"][:2], body["neck"][:2] - [0, .015], person.height, person.upper.kind == "coat"
@@ -290,7 +281,7 @@ def _upper(brush: Brush, person: Person, body: dict, facing: float):
     other = [np.array([2 * hip[0] - x, y]) for x, y in half[::-1]]
     _garment(brush, person.upper, half + other, hem[1], top[1], facing)
 
-# %% ../nbs/02_synthetic.ipynb #0054abcd
+# %% ../nbs/02_synthetic.ipynb #0044abcd
 def _head(brush: Brush, person: Person, body: dict, facing: float):
     "Neck, face and hair, from any side."
     head, neck, hair, rx, ry = body["head"][:2], body["neck"][:2], person.hair, .05, .062
@@ -306,14 +297,13 @@ def _head(brush: Brush, person: Person, body: dict, facing: float):
     if hair.kind == "bun": brush.ellipse(head + [-.045 * turn, .055 if abs(turn) < .5 else .03], .026, .026, hair.colour)
     if hair.kind == "long" and front < .1: brush.ellipse(head + [-.02 * turn, -.04], 1.05 * rx, 1.35 * ry, hair.colour)
 
-# %% ../nbs/02_synthetic.ipynb #0055abcd
 def _hat(brush: Brush, person: Person, body: dict, facing: float):
     "A beanie, or a cap with its peak."
     head, hat, turn = body["head"][:2], person.hat, np.sin(facing)
     if hat.kind != "none": brush.ellipse(head + [0, .036], .056, .038, hat.colour)
     if hat.kind == "cap" and np.cos(facing) > -.3: brush.ellipse(head + [.05 * turn, .018], .05, .012, _dim(hat.colour, .8))
 
-# %% ../nbs/02_synthetic.ipynb #0057abcd
+# %% ../nbs/02_synthetic.ipynb #0046abcd
 def _backpack(brush: Brush, bag: Piece, body: dict, facing: float, behind: bool):
     chest, turn, front = body["chest"][:2], np.sin(facing), np.cos(facing)
     centre = chest + [-.095 * turn, -.035]
@@ -323,14 +313,12 @@ def _backpack(brush: Brush, bag: Piece, body: dict, facing: float, behind: bool)
     if front >= 0:
         for x in (-.058 * front, .058 * front): brush.limb(chest + [x - .02 * turn, .09], chest + [x, -.07], .011, .011, bag.colour)
 
-# %% ../nbs/02_synthetic.ipynb #0058abcd
 def _handbag(brush: Brush, bag: Piece, body: dict, facing: float, behind: bool):
     if behind != (body["right hip"][2] < -.02): return
     x, y = body["right hip"][:2] - [.07 * np.cos(facing), .01]
     brush.limb(body["left shoulder"], (x, y), .008, .008, _dim(bag.colour, .8))
     brush.polygon([(x - .055, y + .03), (x + .055, y + .03), (x + .065, y - .075), (x - .065, y - .075)], bag.colour)
 
-# %% ../nbs/02_synthetic.ipynb #0059abcd
 def _suitcase(brush: Brush, bag: Piece, body: dict, facing: float, behind: bool):
     hand = body["left hand"]
     if behind != (hand[2] < -.05): return
@@ -339,10 +327,9 @@ def _suitcase(brush: Brush, bag: Piece, body: dict, facing: float, behind: bool)
     brush.box(x - .075, x + .075, y, y + .25, bag.colour)
     brush.box(x - .075, x + .075, y + .11, y + .14, _dim(bag.colour, .7))
 
-# %% ../nbs/02_synthetic.ipynb #0060abcd
 CARRIED = {"backpack": _backpack, "handbag": _handbag, "suitcase": _suitcase, "none": lambda *_: None}
 
-# %% ../nbs/02_synthetic.ipynb #0062abcd
+# %% ../nbs/02_synthetic.ipynb #0048abcd
 def draw_person(brush: Brush, person: Person,
                 facing: float, phase: float, pitch: float = 0.2):  # as in `skeleton`
     "A clothed, walking person, painted from far to near."
@@ -361,7 +348,7 @@ def draw_person(brush: Brush, person: Person,
     _arm(brush, person, body, near, .9)
     CARRIED[bag.kind](brush, bag, body, facing, False)
 
-# %% ../nbs/02_synthetic.ipynb #0072abcd
+# %% ../nbs/02_synthetic.ipynb #0059abcd
 class Camera(NamedTuple):
     "One camera: where it hangs and what it does to light."
     pitch: float       # radians it looks down
@@ -375,7 +362,6 @@ class Camera(NamedTuple):
     resolution: float  # share of the rows and columns that survive
     noise: float       # standard deviation, grey levels
 
-# %% ../nbs/02_synthetic.ipynb #0073abcd
 @lru_cache(maxsize=256)
 def camera(preset: Preset, cam: int) -> Camera:
     "Camera `cam` (0-based) of a set; `preset.camera` scales how far its colours stray from neutral."
@@ -386,20 +372,18 @@ def camera(preset: Preset, cam: int) -> Camera:
                   saturation=float(np.clip(1 + far * rng.normal(-.15, .2), .25, 1.4)),
                   blur=rng.uniform(.1, .8), resolution=rng.uniform(.4, .9), noise=rng.uniform(2, 7))
 
-# %% ../nbs/02_synthetic.ipynb #0075abcd
+# %% ../nbs/02_synthetic.ipynb #0061abcd
 def _tone(base: tuple, spread: float, rng: np.random.Generator, tint: float) -> tuple:
     "A lighter or darker, slightly tinted version of a grey."
     grey = np.array(base) * rng.uniform(.75, 1.2) + rng.normal(0, .3 * spread)
     return tuple(int(v) for v in np.clip(grey + rng.normal(0, .5 * tint, 3), 20, 235))
 
-# %% ../nbs/02_synthetic.ipynb #0076abcd
 def _ground(draw: ImageDraw.ImageDraw, w: int, h: int, horizon: int, tone, rng: np.random.Generator):
     "Paving: rows of slabs and lines that run to the horizon."
     for y in np.cumsum(rng.uniform(.05, .16, 12) * h) + horizon: draw.line((0, y, w, y), fill=tone(10), width=max(1, h // 90))
     for x in range(-w, 2 * w, max(4, w // int(rng.integers(10, 22)))):
         draw.line((x, horizon, 1.8 * (x - w / 2) + w / 2, 1.2 * h), fill=tone(10), width=max(1, h // 120))
 
-# %% ../nbs/02_synthetic.ipynb #0077abcd
 def _buildings(draw: ImageDraw.ImageDraw, w: int, h: int, horizon: int, tone, rng: np.random.Generator):
     "Walls side by side, each with windows, posts, a tree or a parked car."
     x = 0
@@ -413,7 +397,6 @@ def _buildings(draw: ImageDraw.ImageDraw, w: int, h: int, horizon: int, tone, rn
         if what == 3: draw.rounded_rectangle((x + 2, .72 * horizon, x + .95 * step, 1.1 * horizon), h // 25, fill=tone(90, (130, 130, 134)))
         x += step
 
-# %% ../nbs/02_synthetic.ipynb #0078abcd
 @lru_cache(maxsize=64)
 def scene(preset: Preset, cam: int) -> Image.Image:
     "The street that camera `cam` looks at, drawn at twice the final size."
@@ -425,14 +408,13 @@ def scene(preset: Preset, cam: int) -> Image.Image:
     _buildings(draw, w, h, horizon, tone("wall"), rng)
     return image
 
-# %% ../nbs/02_synthetic.ipynb #0081abcd
+# %% ../nbs/02_synthetic.ipynb #0064abcd
 def _respond(image: np.ndarray, view: Camera, exposure: float) -> np.ndarray:
     "Saturation, gain, gamma and cast; h x w x 3 floats in 0..255."
     grey = image.mean(2, keepdims=True)
     image = np.clip((grey + view.saturation * (image - grey)) * (view.gain * exposure).astype(np.float32) / 255, 0, 1)
     return np.clip(255 * image ** view.gamma + view.cast.astype(np.float32), 0, 255)
 
-# %% ../nbs/02_synthetic.ipynb #0082abcd
 def photograph(image: np.ndarray,  # h x w x 3 floats, 0..255: the light that arrives
                view: Camera, rng: np.random.Generator) -> np.ndarray:  # h x w x 3 uint8
     "What a camera makes of the light: colour response, blur, lost pixels, noise."
@@ -444,7 +426,7 @@ def photograph(image: np.ndarray,  # h x w x 3 floats, 0..255: the light that ar
     image = np.asarray(seen, np.float32) + view.noise * rng.standard_normal((h, w, 1), np.float32)
     return np.clip(image, 0, 255).astype(np.uint8)
 
-# %% ../nbs/02_synthetic.ipynb #0086abcd
+# %% ../nbs/02_synthetic.ipynb #0068abcd
 def _bollard(brush, x, top, colour, rng):
     brush.box(x - .06, x + .06, -.2, top, colour)
     brush.ellipse((x, top), .06, .03, _dim(colour, 1.2))
@@ -464,7 +446,6 @@ def _bush(brush, x, top, colour, rng):
         leaves = 2 * x + rng.normal(0, .13), rng.uniform(-.1, top)
         brush.ellipse(leaves, .09, .07, _dim((70, 84, 62), rng.uniform(.7, 1.3)))
 
-# %% ../nbs/02_synthetic.ipynb #0087abcd
 def _bike(brush, x, top, colour, rng):
     rear, front, saddle, crank, head = [np.array(p) + (x, 0) for p in ((-.17, .12), (.17, .12), (-.05, .34), (.03, .12), (.12, .34))]
     for wheel in (rear, front):
@@ -473,7 +454,6 @@ def _bike(brush, x, top, colour, rng):
     for a, b in ((rear, saddle), (saddle, head), (head, front), (saddle, crank), (crank, head), (head, head + [0, .1])):
         brush.limb(a, b, .014, .014, colour)
 
-# %% ../nbs/02_synthetic.ipynb #0088abcd
 OCCLUDERS = {"bollard": _bollard, "bike": _bike, "bush": _bush, "car": _car, "bench": _bench, "post": _post}
 
 def occlude(brush: Brush, rng: np.random.Generator,
@@ -483,7 +463,7 @@ def occlude(brush: Brush, rng: np.random.Generator,
     colour = _dim(rng.uniform(40, 170) + rng.normal(0, 10, 3), 1.)
     OCCLUDERS[what or drawn](brush, x, top, colour, rng)
 
-# %% ../nbs/02_synthetic.ipynb #0095abcd
+# %% ../nbs/02_synthetic.ipynb #0073abcd
 def _box_error(rng: np.random.Generator, misalign: float) -> tuple[float, float, float]:
     "Shift of the feet in x and y (parts of the image) and the zoom of one detection."
     zoom, (dx, dy), kind = np.exp(misalign * rng.normal(0, .1)), misalign * rng.normal(0, (.09, .035)), rng.random()
@@ -492,7 +472,7 @@ def _box_error(rng: np.random.Generator, misalign: float) -> tuple[float, float,
     elif kind < .26 * misalign: zoom = .78 * zoom                # a loose box
     return float(dx), float(dy), float(zoom)
 
-# %% ../nbs/02_synthetic.ipynb #0098abcd
+# %% ../nbs/02_synthetic.ipynb #0076abcd
 def _person_layer(preset: Preset, split: int, pid: int, cam: int, rng: np.random.Generator) -> tuple[np.ndarray, Image.Image]:
     "A pedestrian as h x w x 4 floats, and the piece of street behind."
     (h, w), view, track = preset.size, camera(preset, cam), _rng("walk", preset.seed, split, pid, cam)
@@ -505,10 +485,9 @@ def _person_layer(preset: Preset, split: int, pid: int, cam: int, rng: np.random
     y = int(np.clip(.1 * h * (1 + 2 * dy), 0, .39 * h))
     return np.asarray(brush.layer.reduce(2), np.float32), scene(preset, cam).crop((x, y, x + 2 * w, y + 2 * h)).reduce(2)
 
-# %% ../nbs/02_synthetic.ipynb #0099abcd
 DRAW = {"person": _person_layer}  # kind -> foreground and background of one image; another kind of object is one more entry
 
-# %% ../nbs/02_synthetic.ipynb #0101abcd
+# %% ../nbs/02_synthetic.ipynb #0078abcd
 def render(preset: Preset,
            split: int,  # 0 train, 1 test, 2 distractor
            pid: int,    # 0-based within the split
@@ -524,7 +503,7 @@ def render(preset: Preset,
     light = np.asarray(back, np.float32) * (1 - alpha) + front[..., :3] * alpha * shade[..., None]
     return Image.fromarray(photograph(light, view, rng))
 
-# %% ../nbs/02_synthetic.ipynb #0104abcd
+# %% ../nbs/02_synthetic.ipynb #0081abcd
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 
 def _images_of(preset: Preset, split: int, pid: int) -> list[tuple[int, int]]:
@@ -534,7 +513,6 @@ def _images_of(preset: Preset, split: int, pid: int) -> list[tuple[int, int]]:
     cams = np.sort(rng.choice(preset.cameras, preset.visits, replace=False))
     return [(int(cam), k) for cam in cams for k in range(rng.integers(low, high + 1))]
 
-# %% ../nbs/02_synthetic.ipynb #0105abcd
 def _file_of(preset: Preset, split: int, pid: int, cam: int, k: int) -> str:
     "Folder and file name of an image."
     shown = (pid + 1, pid + 1 + preset.train_ids, 0)[split]
@@ -542,7 +520,7 @@ def _file_of(preset: Preset, split: int, pid: int, cam: int, k: int) -> str:
     frame = int(_rng("time", preset.seed, split, pid, cam).integers(900_000)) + 7 * k
     return f"{folder}/{shown:04d}_c{cam + 1}s1_{frame:06d}_{k:02d}.jpg"
 
-# %% ../nbs/02_synthetic.ipynb #0108abcd
+# %% ../nbs/02_synthetic.ipynb #0084abcd
 def _write_identity(job: tuple) -> list[str]:
     "Render and save all images of one identity; returns their names."
     folder, preset, split, pid = job
@@ -552,7 +530,6 @@ def _write_identity(job: tuple) -> list[str]:
         render(preset, split, pid, cam, k).save(Path(folder, names[-1]), quality=90)
     return names
 
-# %% ../nbs/02_synthetic.ipynb #0109abcd
 def _render_all(preset: Preset, folder: Path, workers: int | None, title: str) -> dict[str, int]:
     "Render a set into `folder`; returns the number of images per sub-folder."
     for part in FOLDERS: (folder / part).mkdir()
@@ -568,12 +545,11 @@ def _render_all(preset: Preset, folder: Path, workers: int | None, title: str) -
     if len(set(names)) != len(names): raise ValueError(f"{title}: {len(names) - len(set(names))} file names occur twice; use another seed")
     return {part: sum(name.startswith(part + "/") for name in names) for part in FOLDERS}
 
-# %% ../nbs/02_synthetic.ipynb #0111abcd
+# %% ../nbs/02_synthetic.ipynb #0086abcd
 def _card(name: str, preset: Preset) -> dict:
     "What decides the bytes of a set."
     return json.loads(json.dumps({"name": name, "version": VERSION, "seed": preset.seed, "parameters": dataclasses.asdict(preset)}))
 
-# %% ../nbs/02_synthetic.ipynb #0112abcd
 def _is_ready(target: Path, card: dict) -> bool:
     "Whether `target` holds the set that `card` describes, complete."
     try: found = json.loads((target / "card.json").read_text())
@@ -581,7 +557,7 @@ def _is_ready(target: Path, card: dict) -> bool:
     if any(found.get(key) != value for key, value in card.items()): return False
     return all((target / part).is_dir() and len(os.listdir(target / part)) == n for part, n in found["counts"].items())
 
-# %% ../nbs/02_synthetic.ipynb #0114abcd
+# %% ../nbs/02_synthetic.ipynb #0088abcd
 def _publish(temporary: Path, target: Path, card: dict):
     "Give a finished folder its name; an older set of that name makes room, another process that was quicker wins."
     old = temporary / "old"
@@ -590,7 +566,6 @@ def _publish(temporary: Path, target: Path, card: dict):
     except OSError:
         if not _is_ready(target, card): raise
 
-# %% ../nbs/02_synthetic.ipynb #0115abcd
 def make(name: str,                   # a key of PRESETS
          root=None,                   # data root; see `reidbook.data.data_root`
          workers: int | None = None,  # processes; None: all cores
@@ -615,12 +590,11 @@ def make(name: str,                   # a key of PRESETS
     finally: shutil.rmtree(temporary, ignore_errors=True)
     return target
 
-# %% ../nbs/02_synthetic.ipynb #0128abcd
+# %% ../nbs/02_synthetic.ipynb #0100abcd
 def _unit_rows(feats: np.ndarray) -> np.ndarray:
     "Rows scaled to length one, float32."
     return (feats / np.maximum(np.linalg.norm(feats, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
-# %% ../nbs/02_synthetic.ipynb #0129abcd
 def pixel_features(images: np.ndarray,  # N x 3 x h x w, uint8, at least 16 x 8
                    ) -> np.ndarray:     # N x 192 float32, unit rows
     "A thumbnail of 16 x 4 pixels: 16 x 8 without two columns on each side, each channel's mean removed."
@@ -630,7 +604,7 @@ def pixel_features(images: np.ndarray,  # N x 3 x h x w, uint8, at least 16 x 8
     small = cells.mean((3, 5), dtype=np.float32)[..., 2:-2]
     return _unit_rows((small - small.mean((2, 3), keepdims=True)).reshape(n, -1))
 
-# %% ../nbs/02_synthetic.ipynb #0132abcd
+# %% ../nbs/02_synthetic.ipynb #0103abcd
 def _histograms(images: np.ndarray, bins: int) -> np.ndarray:
     "Joint RGB histograms of the middle half of each image; rows sum to one."
     n, w = len(images), images.shape[-1]
@@ -638,7 +612,6 @@ def _histograms(images: np.ndarray, bins: int) -> np.ndarray:
     counts = np.stack([np.bincount(row, minlength=bins ** 3) for row in levels @ [bins * bins, bins, 1]])
     return counts / counts.sum(1, keepdims=True)
 
-# %% ../nbs/02_synthetic.ipynb #0133abcd
 def histogram_features(images: np.ndarray,              # N x 3 x h x w, uint8
                        cams: np.ndarray | None = None,  # N cameras: each camera's mean is removed; None: the mean of all
                        bins: int = 6,                   # per colour channel
