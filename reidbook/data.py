@@ -88,7 +88,7 @@ def _is_dir(entry):
 
 def scan(folder) -> tuple:  # relative names of images, sorted; {sub-folder: mtime}
     "Every image below `folder`; links are followed, a folder is entered once, hidden files are left out."
-    names, folders, seen, todo = [], {}, set(), [""]
+    names, folders, seen, todo, odd = [], {}, set(), [""], []
     while todo:
         prefix = todo.pop()
         info = os.stat(os.path.join(folder, prefix))
@@ -99,8 +99,10 @@ def scan(folder) -> tuple:  # relative names of images, sorted; {sub-folder: mti
             for entry in entries:
                 name = entry.name
                 if name[0] == ".": continue
-                if _is_dir(entry): todo.append(prefix + name + "/")
+                if not name.isascii() and name != name.encode("utf-8", "ignore").decode(): odd.append(name)
+                elif _is_dir(entry): todo.append(prefix + name + "/")
                 elif name.lower().endswith(IMAGE_TYPES): names.append(prefix + name)
+    if odd: warnings.warn(f"{folder}: {len(odd)} names that are not UTF-8 are skipped, first {odd[0]!r}; rename them to use them", stacklevel=2)
     return sorted(names), folders
 
 # %% ../nbs/01_data.ipynb #0018abcd
@@ -131,7 +133,7 @@ def _read_index(store, folder):
         head, _, body = store.read_bytes().partition(b"\n")
         head = json.loads(head)
         fresh = all(os.stat(os.path.join(folder, p)).st_mtime_ns == t < head["scanned"] - 10**8 for p, t in head["folders"].items())
-        return body.decode("utf-8", "surrogateescape").split("\0") if fresh and len(body) == head["bytes"] else None
+        return body.decode().split("\0") if fresh and len(body) == head["bytes"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return None
 
 def list_images(folder) -> list:  # relative names, sorted
@@ -141,7 +143,7 @@ def list_images(folder) -> list:  # relative names, sorted
     scanned = time.time_ns()
     names, folders = scan(folder)
     if len(names) < CACHED_FROM: return names
-    body = "\0".join(names).encode("utf-8", "surrogateescape")
+    body = "\0".join(names).encode()
     head = json.dumps(dict(scanned=scanned, folders=folders, bytes=len(body))).encode()
     try: _write_atomic(store, lambda temp: Path(temp).write_bytes(head + b"\n" + body))
     except OSError: pass  # no place to write: scan again next time
@@ -217,12 +219,14 @@ def _has(folder, needed): return [n for n in needed if not (Path(folder)/n.rstri
 def _what_to_do(base, roots, needed):
     "Lines of advice: what lies where, what would fit, what is still packed."
     candidates = [base/r for r in roots if (base/r).is_dir()]
+    others = {r.partition("/")[0] for layout in LAYOUTS.values() for r in layout.roots if r not in roots}
     for folder in [*candidates, base]:
         missing = [n for n in needed if not (folder/n.rstrip("/")).exists()]
         if folder in candidates or len(missing) < len(needed): yield f"found: {folder} holds {_holds(folder)}; missing: {', '.join(missing)}"
         if kind := looks_like(folder): yield f"it looks like {kind}"
-        for inner in sorted(p for p in folder.iterdir() if p.is_dir())[:50]:
-            if _has(inner, needed): yield f"to do: {inner} has all that is needed; pass it as root (--root {inner}), or rename it to {base/roots[0]}"
+        for inner in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in others)[:50]:
+            move = "move its contents one level up" if folder in candidates else f"rename it to {base/roots[0]}"
+            if _has(inner, needed): yield f"to do: {inner} has these folders; if it is the one, pass it as root (--root {inner}) or {move}"
     packed = [p.name for p in sorted(base.iterdir()) if p.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar"))]
     if packed: yield f"to do: unpack {', '.join(packed[:4])}"
 
@@ -240,8 +244,8 @@ def find_folder(name, base, roots, needed, extra=()) -> Path:
 def make_table(folder, names, pids=None, cams=None) -> pd.DataFrame:
     "A table of a data set; a column that is None is left out."
     start = os.path.join(os.path.abspath(folder), "") if folder else ""
-    columns = dict(path=np.array([start + name for name in names], dtype=object), pid=pids, cam=cams)
-    return pd.DataFrame({k: v for k, v in columns.items() if v is not None}).astype({"path": "str"})
+    columns = dict(path=pd.Series([start + name for name in names], dtype="str"), pid=pids, cam=cams)
+    return pd.DataFrame({k: v for k, v in columns.items() if v is not None})
 
 def relabel(values) -> np.ndarray:
     "Distinct values as 0..n-1, in sorted order."
@@ -285,7 +289,7 @@ MSMT17_EDITIONS = {"V1": ("train/", "test/", *MSMT17_LISTS), "V1, re-packed": tu
 
 def read_list(list_file, present) -> list:  # relative names
     "The names in a list file (one per line, with or without a label), each inside the data set and in the set `present`."
-    lines = Path(list_file).read_text("utf-8-sig", "surrogateescape").splitlines()
+    lines = Path(list_file).read_text("utf-8-sig", "replace").splitlines()
     names = [re.sub(r"\s+-?\d+\s*$", "", line).strip().replace("\\", "/") for line in lines]
     for number, name in enumerate(names, 1):
         if os.path.isabs(name) or ".." in name.split("/"):
@@ -732,12 +736,12 @@ class Report:
 
     def to_json(self) -> str:
         rows = json.loads(self.table.to_json(orient="index"))
-        files = [] if self.files is None else json.loads(self.files.to_json(orient="records"))
+        files = [] if self.files is None else self.files.to_dict("records")
         return json.dumps(dict(name=self.name, ok=self.ok, errors=self.errors, warnings=self.warnings, table=rows, files=files), indent=1)
 
     def __str__(self):
         verdict = f"{self.name}: " + ("ready" if self.ok else f"{len(self.errors)} errors that would falsify a result")
-        return "\n".join([verdict, self.table.to_string(na_rep="-"), *(f"error: {e}" for e in self.errors), *(f"warning: {w}" for w in self.warnings)])
+        return "\n".join([verdict, self.table.astype(object).where(self.table.notna(), "-").to_string(), *(f"error: {e}" for e in self.errors), *(f"warning: {w}" for w in self.warnings)])
 
     def _repr_markdown_(self):
         head, body = list(self.table.columns), self.table.astype(object).where(self.table.notna(), "–")
@@ -803,7 +807,7 @@ def inspect_file(path) -> tuple:  # digest, problem ("": none), (width, height) 
         with Image.open(io.BytesIO(data)) as image:
             size = image.size
             if size[0] * size[1] > MAX_PIXELS: return digest, f"{size[0]} x {size[1]} pixels: a decompression bomb?", size
-            image.draft("RGB", (size[0] // 8, size[1] // 8))
+            image.draft("RGB", (max(size[0] // 8, 1), max(size[1] // 8, 1)))
             image.load()
     except Exception as error: return digest, re.sub(r" ?<.*>", "", str(error)) or type(error).__name__, None
     return digest, "", size
@@ -824,7 +828,7 @@ def kind_of_copy(group) -> str:
 # %% ../nbs/01_data.ipynb #0110abcd
 def check_files(report, dataset, workers=None, progress=True):
     "Every file once: unreadable, listed twice, byte-identical."
-    table = pd.concat([getattr(dataset, split).assign(split=split) for split in SPLITS if len(getattr(dataset, split))] or [_no_images()], ignore_index=True)
+    table = pd.concat([getattr(dataset, split).assign(split=split) for split in SPLITS if len(getattr(dataset, split))] or [_no_images().assign(split="")], ignore_index=True)
     paths = table["path"].tolist()
     short = lambda path: os.path.relpath(path, dataset.root)
     found = [f for part in parallel(lambda a, b: [inspect_file(p) for p in paths[a:b]], len(paths), workers=workers, desc="check", progress=progress) for f in part]
