@@ -68,7 +68,8 @@ class Dataset:
     def __repr__(self): return f"Dataset({self.name!r}, root={Path(self.root).name!r})"
 
     def _repr_markdown_(self):
-        lines = [f"**{self.name}**" + (f" ({self.variant})" if self.variant else ""), "", "| split | images | ids | cameras |", "|---|---|---|---|"]
+        title = f"**{self.name}**" + (f" ({self.variant})" if self.variant else "")
+        lines = [title, "", "| split | images | ids | cameras |", "|---|---|---|---|"]
         for split, row in self.counts().iterrows():
             lines.append(f"| {split} | " + " | ".join("unknown" if pd.isna(v) else f"{v:,}" for v in row) + " |")
         return "\n".join(lines + [""] + [f"- {note}" for note in self.notes])
@@ -86,6 +87,10 @@ def _is_dir(entry):
     try: return entry.is_dir()
     except OSError: return False  # a link to itself
 
+def _is_file(entry):  # a broken link counts (it will be reported), a pipe or socket does not (it would never end)
+    try: return entry.is_file() or entry.is_symlink() and not os.path.exists(entry.path)
+    except OSError: return True
+
 def scan(folder) -> tuple:  # relative names of images, sorted; {sub-folder: mtime}
     "Every image below `folder`; links are followed, a folder is entered once, hidden files are left out."
     names, folders, seen, todo, odd = [], {}, set(), [""], []
@@ -101,8 +106,8 @@ def scan(folder) -> tuple:  # relative names of images, sorted; {sub-folder: mti
                 if name[0] == ".": continue
                 if not name.isascii() and name != name.encode("utf-8", "ignore").decode(): odd.append(name)
                 elif _is_dir(entry): todo.append(prefix + name + "/")
-                elif name.lower().endswith(IMAGE_TYPES): names.append(prefix + name)
-    if odd: warnings.warn(f"{folder}: {len(odd)} names that are not UTF-8 are skipped, first {odd[0]!r}; rename them to use them", stacklevel=2)
+                elif name.lower().endswith(IMAGE_TYPES) and _is_file(entry): names.append(prefix + name)
+    if odd: warnings.warn(f"{folder}: {len(odd)} names are not UTF-8 and skipped, first {odd[0]!r}; rename them", stacklevel=2)
     return sorted(names), folders
 
 # %% ../nbs/01_data.ipynb #0018abcd
@@ -190,7 +195,8 @@ LAYOUTS = {
                       dict(train=(9840, 410), query=(5136, 856), gallery=(30816, 856)),
                       "the reader is for the six-camera subset of PersonX, not for its six single-background sets"),
     "cuhk03np": Layout(("cuhk03-np/detected", "cuhk03np/detected", "detected"), BOXES, PID_CAM, (1, 2),
-                       dict(train=(7365, 767), query=(1400, 700), gallery=(5332, 700)), "detected boxes; the labeled ones open as 'cuhk03np-labeled'"),
+                       dict(train=(7365, 767), query=(1400, 700), gallery=(5332, 700)),
+                       "detected boxes; the labeled ones open as 'cuhk03np-labeled'"),
     "cuhk03np-labeled": Layout(("cuhk03-np/labeled", "cuhk03np/labeled", "labeled"), BOXES, PID_CAM, (1, 2),
                                dict(train=(7368, 767), query=(1400, 700), gallery=(5328, 700))),
 }
@@ -222,7 +228,7 @@ def _what_to_do(base, roots, needed):
     others = {r.partition("/")[0] for layout in LAYOUTS.values() for r in layout.roots if r not in roots}
     for folder in [*candidates, base]:
         missing = [n for n in needed if not (folder/n.rstrip("/")).exists()]
-        if folder in candidates or len(missing) < len(needed): yield f"found: {folder} holds {_holds(folder)}; missing: {', '.join(missing)}"
+        if folder in candidates or len(missing) < len(needed): yield f"found: {folder} holds {_holds(folder)}; lacks {', '.join(missing)}"
         if kind := looks_like(folder): yield f"it looks like {kind}"
         for inner in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in others)[:50]:
             move = "move its contents one level up" if folder in candidates else f"rename it to {base/roots[0]}"
@@ -236,7 +242,7 @@ def find_folder(name, base, roots, needed, extra=()) -> Path:
     for folder in [*(base/r for r in roots), base]:
         if _has(folder, needed): return folder
     lines = [f"{name} not found below {base}", f"expected: one of {', '.join(f'{r}/' for r in roots)} with {', '.join(needed)} in it"]
-    if not base.is_dir(): lines.append("found: no such folder; make it, or set REIDBOOK_DATA (or root, --root) to the folder with your data")
+    if not base.is_dir(): lines.append("found: no such folder; make it, or set REIDBOOK_DATA (or root, --root) to where your data is")
     else: lines += [f"found: {base} holds {_holds(base)}", *_what_to_do(base, roots, needed)]
     raise FileNotFoundError("\n  ".join([*lines, *extra]))
 
@@ -257,14 +263,15 @@ def read_split(name, folder, layout, names=None, pattern=None) -> tuple:  # tabl
     if not names: raise ValueError(f"{name}: no image in {folder}, which holds {_holds(folder)}; was the archive unpacked completely?")
     pids, cams, rows = parse_names(names, pattern or layout.pattern)
     if not len(rows):
-        raise ValueError(f"{name}: none of the {len(names):,} names in {folder} has an id and a camera, e.g. {names[0]!r}; expected names such as "
-                         "0002_c1s1_000451_03.jpg. For images without ids use the readers 'folder' or 'csv'")
+        raise ValueError(f"{name}: none of the {len(names):,} names in {folder} has an id and a camera, e.g. {names[0]!r}; "
+                         "expected names such as 0002_c1s1_000451_03.jpg. For images without ids use the readers 'folder' or 'csv'")
     odd = sorted(set(cams.tolist()) - set(layout.cams))
     if odd:
         raise ValueError(f"{name}: cameras {odd} in {folder}; expected only {list(layout.cams)}. Is this another data set?"
                          + (f" ({layout.note})" if layout.note else ""))
-    skipped = sorted(set(range(len(names))) - set(rows.tolist())) if len(rows) < len(names) else []
-    notes = [f"{folder.name}/: {len(skipped):,} of {len(names):,} images skipped, no id and camera in the name, e.g. {names[skipped[0]]!r}"] if skipped else []
+    skipped = np.setdiff1d(np.arange(len(names)), rows)
+    notes = [f"{folder.name}/: {len(skipped):,} of {len(names):,} images skipped, no id and camera in the name, e.g. {names[skipped[0]]!r}"
+             ] if len(skipped) else []
     kept = pids >= 0
     return make_table(folder, [names[r] for r in rows[kept]], pids[kept], np.searchsorted(layout.cams, cams[kept]).astype(np.int64)), notes
 
@@ -279,7 +286,8 @@ def read_layout(name, base, root=None, variant="") -> Dataset:
     layout = LAYOUTS[name]
     root = root or find_folder(name, base, layout.roots, [f"{f}/" for f in layout.folders], [layout.note] * bool(layout.note))
     read = [read_split(name, root/folder, layout) for folder in layout.folders]
-    return assemble(name, root, [table for table, _ in read], variant, [*(n for _, notes in read for n in notes), *[layout.note] * bool(layout.note)])
+    notes = [*(note for _, more in read for note in more), *[layout.note] * bool(layout.note)]
+    return assemble(name, root, [table for table, _ in read], variant, notes)
 
 # %% ../nbs/01_data.ipynb #0038abcd
 MSMT17_NAME = r"(\d{1,9})_\d+_(\d{1,4})(?=[_.])"  # pid, picture number, camera
@@ -293,7 +301,7 @@ def read_list(list_file, present) -> list:  # relative names
     names = [re.sub(r"\s+-?\d+\s*$", "", line).strip().replace("\\", "/") for line in lines]
     for number, name in enumerate(names, 1):
         if os.path.isabs(name) or ".." in name.split("/"):
-            raise ValueError(f"{list_file}, line {number}: {name!r} points outside the data set; expected a relative path such as 0000/0000_000_01.jpg")
+            raise ValueError(f"{list_file}, line {number}: {name!r} points outside the data set; expected a name relative to it")
     names = [name for name in names if name]
     missing = [name for name in names if name not in present]
     if not names: raise ValueError(f"{list_file} names no image; expected lines such as '0000/0000_000_01_0303morning_0008_0_ex.jpg 0'")
@@ -331,7 +339,8 @@ def read_luperson(base) -> Dataset:
     root = find_folder("luperson", base, ("LUP", "luperson/LUP", "luperson"), ["images/"])
     chosen, notes = root/"CFS_list.txt", ()
     if not chosen.exists() and (root/"CFS_list.pkl").exists():
-        notes = ("CFS_list.pkl is not read (unpickling a download can run code): write its names, one per line, to CFS_list.txt to use the subset",)
+        notes = ("CFS_list.pkl is not read (unpickling a download can run code): "
+                 "write its names, one per line, to CFS_list.txt to use the subset",)
     def train():
         names = list_images(root/"images")
         if not names: raise ValueError(f"luperson: no image in {root/'images'}; was the archive unpacked completely?")
@@ -341,7 +350,7 @@ def read_luperson(base) -> Dataset:
 def read_folder(base) -> Dataset:
     "Any folder of images: no ids, no cameras, all of it for training."
     base = Path(base)
-    if not base.is_dir(): raise FileNotFoundError(f"no folder {base}; pass as root (--root) the folder that holds your images, sub-folders included")
+    if not base.is_dir(): raise FileNotFoundError(f"no folder {base}; pass as root (--root) the folder of your images")
     names = list_images(base)
     if not names: raise ValueError(f"no image in {base}, which holds {_holds(base)}; expected files ending in {', '.join(IMAGE_TYPES)}")
     return Dataset("folder", base, make_table(base, names), _no_images(), _no_images())
@@ -353,7 +362,8 @@ def _codes(values, what, file):
     blank = values.isna() | (text == "")
     if blank.all(): return None
     if blank.any():
-        raise ValueError(f"{file}: {what} is blank in {blank.sum()} of {len(values)} rows, first in row {int(np.argmax(blank)) + 1}; fill all rows or drop the column")
+        raise ValueError(f"{file}: {what} is blank in {blank.sum()} of {len(values)} rows, first in row {int(np.argmax(blank)) + 1}; "
+                         "fill all rows or drop the column")
     numbers = pd.to_numeric(text, errors="coerce")
     whole = numbers.notna().all() and (numbers == numbers.round()).all() and (numbers.abs() < 2**53).all()
     return numbers.to_numpy(np.int64) if whole else relabel(text.to_numpy().astype(str))
@@ -362,15 +372,16 @@ def _one_file(base):
     "The CSV or parquet file meant by `base`: the file itself, or the only one in a folder."
     files = [base] if base.is_file() else sorted(p for p in base.glob("*") if p.suffix in (".csv", ".parquet"))
     if len(files) == 1: return files[0].absolute()
-    raise FileNotFoundError(f"{len(files)} CSV or parquet files at {base} ({', '.join(f.name for f in files[:5]) or _holds(base)}); pass the one to read as root (--root)")
+    seen = ", ".join(f.name for f in files[:5]) or _holds(base)
+    raise FileNotFoundError(f"{len(files)} CSV or parquet files at {base} ({seen}); pass the one to read as root (--root)")
 
 def read_csv(base) -> Dataset:
     "A CSV or parquet file with the column `path` and, when known, `pid`, `cam`, `split` (train, query, gallery)."
     file = _one_file(Path(base))
     frame = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file, dtype=str, encoding="utf-8-sig")
-    if "path" not in frame: raise ValueError(f"{file}: columns {list(frame.columns)}; expected 'path' and, when known, 'pid', 'cam', 'split'")
+    if "path" not in frame: raise ValueError(f"{file}: columns {list(frame.columns)}; expected 'path' and, if known, 'pid', 'cam', 'split'")
     if not len(frame): raise ValueError(f"{file} has no rows; expected one per image")
-    if (blank := frame["path"].isna()).any(): raise ValueError(f"{file}: path is blank in {blank.sum()} rows, first in row {int(np.argmax(blank)) + 1}")
+    if n := int(frame["path"].isna().sum()): raise ValueError(f"{file}: path is blank in {n} of {len(frame)} rows")
     paths = [os.path.normpath(os.path.join(file.parent, str(p))) for p in frame["path"]]
     outside = [p for p in paths if not p.startswith(os.path.join(file.parent, ""))]
     if outside:
@@ -412,8 +423,8 @@ def show_images(images,       # N x 3 x H x W uint8, or paths
                 ):  # matplotlib Figure
     "A contact sheet."
     import matplotlib.pyplot as plt
-    if isinstance(images, (np.ndarray, torch.Tensor)) and len(images) and np.ndim(images[0]) == 3: images = [np.asarray(i).transpose(1, 2, 0) for i in images]
-    else: images = [np.asarray(open_image(path)) for path in images]
+    pixels = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    images = [np.asarray(i).transpose(1, 2, 0) if pixels else np.asarray(open_image(i)) for i in images]
     if not images: raise ValueError("no image to show")
     nrows, width = -(-len(images) // ncols), height * max(i.shape[1] / i.shape[0] for i in images)
     size = ncols * (width + .08), nrows * (height + (.22 if titles is not None else .08))
@@ -441,7 +452,7 @@ def open_image(source) -> Image.Image:  # RGB
 # %% ../nbs/01_data.ipynb #0059abcd
 def camera_matrix(table) -> pd.DataFrame:  # ids x cameras, number of images
     "How many images each identity has in each camera."
-    if "pid" not in table or "cam" not in table: raise ValueError(f"the table has the columns {list(table.columns)}; ids and cameras are both needed here")
+    if not {"pid", "cam"} <= set(table): raise ValueError(f"the table has the columns {list(table)}; ids and cameras are both needed")
     return pd.crosstab(table["pid"], table["cam"])
 
 # %% ../nbs/01_data.ipynb #0063abcd
@@ -454,7 +465,7 @@ def open_pair(source, target, root=None) -> Pair:
     "Open two data sets for domain adaptation: names as for `open_dataset`."
     if source == target: raise ValueError(f"source and target are both {source!r}; adaptation needs two data sets")
     source, target = open_dataset(source, root), open_dataset(target, root)
-    if "pid" not in source.train: raise ValueError(f"the source {source.name!r} has no ids; a labelled source is needed (is it the target?)")
+    if "pid" not in source.train: raise ValueError(f"the source {source.name!r} has no ids; a labelled source is needed")
     return Pair(source, replace(target, train=target.train.drop(columns="pid", errors="ignore")))
 
 # %% ../nbs/01_data.ipynb #0066abcd
@@ -484,8 +495,8 @@ def decode_into(images,  # N x 3 x H x W uint8, filled in place
             except Exception as error: failed.append(f"{paths[row]}: {error}")
         return failed
     failed = [line for lines in parallel(work, len(paths), workers=workers, desc="decode") for line in lines]
-    if failed: raise ValueError("\n  ".join([f"{len(failed)} of {len(paths)} images cannot be read; `reidbook data check` lists all of them:", *failed[:5]]))
-    return images
+    if not failed: return images
+    raise ValueError("\n  ".join([f"{len(failed)} of {len(paths)} images cannot be read; `reidbook data check` lists them:", *failed[:5]]))
 
 # %% ../nbs/01_data.ipynb #0068abcd
 def _stat(path):
@@ -557,7 +568,8 @@ class Draw(NamedTuple):
     factor: torch.Tensor  # B x 3: brightness, contrast, saturation; 1: unchanged
     pad: int
 
-def draw_augmentation(n, size, generator, *, flip=0.5, pad=10, erase=0.5, jitter=0.0, area=(0.02, 0.4), aspect=(0.3, 3.33), tries=100) -> Draw:
+def draw_augmentation(n, size, generator, *, flip=0.5, pad=10, erase=0.5, jitter=0.0,
+                      area=(0.02, 0.4), aspect=(0.3, 3.33), tries=100) -> Draw:
     "Draws for `n` images of `size` (height, width). All numbers are drawn always: switching one change off leaves the others as they were."
     height, width = size
     u, t = torch.rand(n, 9, generator=generator), torch.rand(n, tries, 2, generator=generator)
@@ -569,7 +581,8 @@ def draw_augmentation(n, size, generator, *, flip=0.5, pad=10, erase=0.5, jitter
     on = (u[:, 3] < erase) & fits.any(1)
     h, w = h.gather(1, first)[:, 0] * on, w.gather(1, first)[:, 0] * on
     box = torch.stack([(u[:, 4] * (height - h + 1)).long(), (u[:, 5] * (width - w + 1)).long(), h, w], 1)
-    return Draw(u[:, 0] < flip, (u[:, 1] * (2 * pad + 1)).long(), (u[:, 2] * (2 * pad + 1)).long(), box, 1 + jitter * (2 * u[:, 6:] - 1), pad)
+    top, left = (u[:, 1:3] * (2 * pad + 1)).long().T
+    return Draw(u[:, 0] < flip, top, left, box, 1 + jitter * (2 * u[:, 6:] - 1), pad)
 
 # %% ../nbs/01_data.ipynb #0079abcd
 def jitter_colours(images,  # B x 3 x H x W in 0..1
@@ -630,7 +643,7 @@ def clusters_of(labels, batch_size, instances) -> list:  # index arrays, one per
     "The rows of each cluster, -1 left out; ValueError when there are too few for a batch."
     labels = np.asarray(labels)
     if labels.ndim != 1: raise ValueError(f"labels have the shape {labels.shape}; expected one number per image")
-    if batch_size % instances: raise ValueError(f"batch_size {batch_size} is not a multiple of instances {instances}; e.g. {max(batch_size // instances, 1) * instances}")
+    if batch_size % instances: raise ValueError(f"batch_size {batch_size} is not a multiple of instances {instances}; change either")
     order = np.argsort(labels, kind="stable")
     order = order[labels[order] >= 0]
     rows = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(order) else []
@@ -651,7 +664,7 @@ def pk_batches(labels,     # N labels; rows with -1 are never drawn
     "Batches of batch_size // instances clusters with `instances` images each, for ever."
     rows = clusters_of(labels, batch_size, instances)
     cams = None if cams is None else np.asarray(cams)
-    if cams is not None and len(cams) != len(labels): raise ValueError(f"{len(labels)} labels but {len(cams)} cameras; one per image is needed")
+    if cams is not None and len(cams) != len(labels): raise ValueError(f"{len(labels)} labels, {len(cams)} cameras; expected one per image")
     if compat: return _released_batches(labels, cams, batch_size, instances, rng, prefer_other_cameras)
     return _pk_batches(rows, cams, len(labels), batch_size // instances, instances, np.random.default_rng(rng), prefer_other_cameras)
 
@@ -693,7 +706,8 @@ def _released_batches(labels, cams, batch_size, instances, rng, prefer):
     while True:
         order = released_order(labels, cams, instances, generators, prefer)
         if len(order) < batch_size:
-            raise ValueError(f"one pass of the released sampler gives {len(order)} images, fewer than batch_size {batch_size}; the released code stops here with StopIteration")
+            raise ValueError(f"one pass of the released sampler gives {len(order)} images, fewer than batch_size {batch_size}; "
+                             "the released code stops here with StopIteration")
         yield from order[:len(order) // batch_size * batch_size].reshape(-1, batch_size)
 
 # %% ../nbs/01_data.ipynb #0101abcd
@@ -702,7 +716,8 @@ def group_batches(labels,  # N labels; rows with -1 are never drawn
                   rng):  # endless iterator of int64 arrays
     "Group sampling: each cluster cut into groups of up to `group`, groups shuffled, then full batches shuffled."
     rows, rng = clusters_of(labels, 1, 1), np.random.default_rng(rng)
-    if (n := sum(map(len, rows))) < batch_size: raise ValueError(f"{n} labelled images, but a batch needs {batch_size}: lower batch_size or loosen eps")
+    n = sum(map(len, rows))
+    if n < batch_size: raise ValueError(f"{n} labelled images, but a batch needs {batch_size}: lower batch_size or loosen eps")
     return _group_batches(rows, batch_size, group, rng)
 
 def _group_batches(rows, batch_size, group, rng):
@@ -718,7 +733,7 @@ def shard(batches,  # iterator of index arrays, the same in every process
     "This process's consecutive slice of every global batch; all processes must start from the same seed."
     if not 0 <= rank < world_size: raise ValueError(f"rank {rank} of {world_size} processes; expected 0..{world_size - 1}")
     for batch in batches:
-        if len(batch) % world_size: raise ValueError(f"a batch of {len(batch)} cannot be split evenly over {world_size} processes; change batch_size")
+        if len(batch) % world_size: raise ValueError(f"a batch of {len(batch)} cannot be split evenly over {world_size} processes")
         yield np.split(batch, world_size)[rank]
 
 # %% ../nbs/01_data.ipynb #0104abcd
@@ -741,11 +756,13 @@ class Report:
 
     def __str__(self):
         verdict = f"{self.name}: " + ("ready" if self.ok else f"{len(self.errors)} errors that would falsify a result")
-        return "\n".join([verdict, self.table.astype(object).where(self.table.notna(), "-").to_string(), *(f"error: {e}" for e in self.errors), *(f"warning: {w}" for w in self.warnings)])
+        table = self.table.astype(object).where(self.table.notna(), "-").to_string()
+        return "\n".join([verdict, table, *(f"error: {e}" for e in self.errors), *(f"warning: {w}" for w in self.warnings)])
 
     def _repr_markdown_(self):
         head, body = list(self.table.columns), self.table.astype(object).where(self.table.notna(), "–")
-        lines = [f"**{self.name}**: {'ready' if self.ok else 'not ready'}", "", f"| split | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+        lines = [f"**{self.name}**: {'ready' if self.ok else 'not ready'}", ""]
+        lines += [f"| split | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
         lines += [f"| {split} | {' | '.join(map(str, row))} |" for split, row in zip(body.index, body.to_numpy())]
         return "\n".join([*lines, "", *(f"- **error**: {e}" for e in self.errors), *(f"- warning: {w}" for w in self.warnings)])
 
@@ -765,7 +782,8 @@ def check_counts(report, dataset):
             if n is None: continue
             table.loc[split, f"official {what}"] = n
             found = table.loc[split, what]
-            if pd.isna(found) or found != n: report.errors.append(f"{split}: {what} {'unknown' if pd.isna(found) else format(found, ',')}, {n:,} expected")
+            if pd.isna(found) or found != n:
+                report.errors.append(f"{split}: {what} {'unknown' if pd.isna(found) else format(found, ',')}, {n:,} expected")
     report.table = table = table.astype("Int64")
     if not table.loc["train", "images"]: report.errors.append("train: no images")
     images = tuple(table["images"])
@@ -782,15 +800,17 @@ def answerable(query, gallery) -> np.ndarray:  # bool, one per query
 
 def check_labels(report, dataset):
     "Missing columns, missing cameras, lonely images, queries without an answer."
-    add, known = report.warnings.append, dataset.name in LAYOUTS
+    add, expected = report.warnings.append, LAYOUTS[dataset.name].cams if dataset.name in LAYOUTS else ()
     tables = {split: t for split in SPLITS if len(t := getattr(dataset, split))}
     for split, table in tables.items():
-        if "pid" not in table: add(f"{split}: ids are unknown" + ("; training works, label noise cannot be measured" if split == "train" else "; it cannot be scored"))
+        lost = "training works, label noise cannot be measured" if split == "train" else "it cannot be scored"
+        if "pid" not in table: add(f"{split}: ids are unknown; {lost}")
         if "cam" not in table: add(f"{split}: cameras are unknown; the sampler and the evaluation do without them")
     cams = {c for table in tables.values() if "cam" in table for c in table["cam"].unique().tolist()}
-    if known and len(cams) != len(LAYOUTS[dataset.name].cams): report.errors.append(f"cameras in all: {len(cams)}, {len(LAYOUTS[dataset.name].cams)} expected")
+    if expected and len(cams) != len(expected): report.errors.append(f"cameras in all: {len(cams)}, {len(expected)} expected")
     elif len(cams) == 1: add("there is one camera only: the usual evaluation, which leaves out the query's own camera, has nothing to find")
-    if "train" in tables and "pid" in tables["train"] and (lonely := int((tables["train"]["pid"].value_counts() == 1).sum())): add(f"train: ids with a single image: {lonely:,}")
+    lonely = int((dataset.train["pid"].value_counts() == 1).sum()) if "pid" in dataset.train else 0
+    if lonely: add(f"train: ids with a single image: {lonely:,}")
     if not {"query", "gallery"} <= set(tables): return add("no query or no gallery: training works, nothing can be evaluated")
     query, gallery = tables["query"], tables["gallery"]
     if all(c in t for c in ("pid", "cam") for t in (query, gallery)) and (n := int((~answerable(query, gallery)).sum())):
@@ -823,21 +843,25 @@ def kind_of_copy(group) -> str:
     if len(splits) == 1: return "one split"
     if "pid" not in group or "cam" not in group or group[["pid", "cam"]].isna().any(axis=None): return "query and gallery"
     queries, gallery = (set(group["cam"][group["split"] == s]) for s in ("query", "gallery"))
-    return "query and gallery, left out by the evaluation" if queries == gallery and len(queries) == 1 else "query and gallery, same id, another camera"
+    alike = queries == gallery and len(queries) == 1
+    return "query and gallery, left out by the evaluation" if alike else "query and gallery, same id, another camera"
 
 # %% ../nbs/01_data.ipynb #0110abcd
 def check_files(report, dataset, workers=None, progress=True):
     "Every file once: unreadable, listed twice, byte-identical."
-    table = pd.concat([getattr(dataset, split).assign(split=split) for split in SPLITS if len(getattr(dataset, split))] or [_no_images().assign(split="")], ignore_index=True)
-    paths = table["path"].tolist()
-    short = lambda path: os.path.relpath(path, dataset.root)
-    found = [f for part in parallel(lambda a, b: [inspect_file(p) for p in paths[a:b]], len(paths), workers=workers, desc="check", progress=progress) for f in part]
+    tables = [getattr(dataset, split).assign(split=split) for split in SPLITS]
+    table = pd.concat([t for t in tables if len(t)] or tables, ignore_index=True)
+    paths, short = table["path"].tolist(), lambda path: os.path.relpath(path, dataset.root)
+    work = lambda start, stop: [inspect_file(path) for path in paths[start:stop]]
+    found = [f for part in parallel(work, len(paths), workers=workers, desc="check", progress=progress) for f in part]
     table["digest"], table["problem"] = [f[0] for f in found], [f[1] for f in found]
     problems = []
     for split, rows in table[table["problem"] != ""].groupby("split", sort=False):
-        report.errors.append(f"{split}: images that cannot be read: {len(rows):,}, first {short(rows['path'].iloc[0])}: {rows['problem'].iloc[0]}")
+        first = f"{short(rows['path'].iloc[0])}: {rows['problem'].iloc[0]}"
+        report.errors.append(f"{split}: images that cannot be read: {len(rows):,}, first {first}")
         problems.append(rows[["path", "split", "problem"]])
-    if n := int(table["path"].duplicated().sum()): report.errors.append(f"files listed twice: {n:,}, first {short(table['path'][table['path'].duplicated()].iloc[0])}")
+    twice = table["path"][table["path"].duplicated()]
+    if len(twice): report.errors.append(f"files listed twice: {len(twice):,}, first {short(twice.iloc[0])}")
     twins = table[table["digest"].duplicated(keep=False) & (table["digest"] != "")]
     twins = twins.assign(problem=twins["digest"].map({digest: kind_of_copy(group) for digest, group in twins.groupby("digest")}))
     for kind, rows in twins.groupby("problem"):

@@ -37,13 +37,16 @@ def boxes(root, train, query, gallery, folders=BOXES):
 
 
 def market(root):
-    return boxes(root, [f"{p:04}_c{c}s1_000001_00.jpg" for p in (2, 7, 30) for c in (1, 6)], ["0005_c1s1_000001_00.jpg", "0009_c2s1_000001_00.jpg"],
+    return boxes(root, [f"{p:04}_c{c}s1_000001_00.jpg" for p in (2, 7, 30) for c in (1, 6)],
+                 ["0005_c1s1_000001_00.jpg", "0009_c2s1_000001_00.jpg"],
                  ["0005_c3s1_000001_00.jpg", "0009_c4s1_000001_00.jpg", "0000_c1s1_000001_00.jpg", "-1_c2s1_000001_00.jpg"])
 
 
 def msmt(root, train="train", test="test"):
-    names = dict(train=["0000/0000_000_01_0303morning_0008_0_ex.jpg", "0001/0001_000_15_0303noon_0001_0.jpg"], val=["0001/0001_001_02_0303noon_0002_0.jpg"],
-                 query=["0000/0000_000_03_0303morning_0001_0.jpg"], gallery=["0000/0000_001_04_0303morning_0002_0.jpg", "0003/0003_000_04_0303noon_0002_1_ex.jpg"])
+    names = dict(train=["0000/0000_000_01_0303morning_0008_0_ex.jpg", "0001/0001_000_15_0303noon_0001_0.jpg"],
+                 val=["0001/0001_001_02_0303noon_0002_0.jpg"],
+                 query=["0000/0000_000_03_0303morning_0001_0.jpg"],
+                 gallery=["0000/0000_001_04_0303morning_0002_0.jpg", "0003/0003_000_04_0303noon_0002_1_ex.jpg"])
     for split, files in names.items():
         for name in files: paint(root/(train if split in ("train", "val") else test)/name)
         (root/f"list_{split}.txt").write_text("".join(f"{n} {int(n[:4])}\n" for n in files))
@@ -83,8 +86,8 @@ def test_duke_says_withdrawn(tmp_path):
 
 @pytest.mark.parametrize("folder", ["VeRi", "veri/VeRi", "VeRi-776"])
 def test_veri(tmp_path, folder):
-    boxes(tmp_path/folder, ["0002_c002_00030600_0.jpg", "0001_c020_00030600_1.jpg"], ["0003_c010_00030600_0.jpg"], ["0003_c001_00030600_0.jpg"],
-          ("image_train", "image_query", "image_test"))
+    boxes(tmp_path/folder, ["0002_c002_00030600_0.jpg", "0001_c020_00030600_1.jpg"],
+          ["0003_c010_00030600_0.jpg"], ["0003_c001_00030600_0.jpg"], ("image_train", "image_query", "image_test"))
     (tmp_path/folder/"train_label.xml").write_bytes('<?xml version="1.0" encoding="gb2312"?><a/>'.encode())  # never parsed
     ds = data.open_dataset("veri776", tmp_path)
     assert ds.train["pid"].tolist() == [0, 1] and ds.train["cam"].tolist() == [19, 1] and ds.query["cam"].tolist() == [9]
@@ -136,13 +139,14 @@ def test_msmt_missing_list(tmp_path):
     (msmt(tmp_path/"MSMT17_V1")/"list_query.txt").unlink()
     with pytest.raises(FileNotFoundError) as error: data.open_dataset("msmt17", tmp_path)
     text = str(error.value)
-    assert "missing: list_query.txt" in text and "V1 as published with 3 of its 4" in text and "bounding_box_train" in text
+    assert "lacks list_query.txt" in text and "V1 as published with 3 of its 4" in text and "bounding_box_train" in text
 
 
 def test_msmt_lists_of_another_edition(tmp_path):
     root = msmt(tmp_path/"MSMT17_V1")
     (root/"list_val.txt").write_text("0900/0900_000_01_x.jpg 900\n")
-    with pytest.raises(ValueError, match="list_val.txt: 1 of the 1 files it names are not there.*same edition"): data.open_dataset("msmt17", tmp_path)
+    with pytest.raises(ValueError, match="list_val.txt: 1 of the 1 files it names are not there.*same edition"):
+        data.open_dataset("msmt17", tmp_path)
     for line in "../../etc/a.jpg 0", "/etc/a.jpg 0", "..\\..\\a.jpg 0":
         (root/"list_val.txt").write_text(f"0001/0001_001_02_0303noon_0002_0.jpg 1\n{line}\n")
         with pytest.raises(ValueError, match="line 2.*outside"): data.open_dataset("msmt17", tmp_path)
@@ -152,7 +156,8 @@ def test_msmt_lists_of_another_edition(tmp_path):
 
 def test_list_with_spaces_unicode_and_bom(tmp_path):
     (tmp_path/"list.txt").write_bytes("\ufeff0000/a b.jpg 3\r\n0000/ü 7.jpg -1\r\n0000/plain.jpg\r\n".encode())
-    assert data.read_list(tmp_path/"list.txt", {"0000/a b.jpg", "0000/ü 7.jpg", "0000/plain.jpg"}) == ["0000/a b.jpg", "0000/ü 7.jpg", "0000/plain.jpg"]
+    names = ["0000/a b.jpg", "0000/ü 7.jpg", "0000/plain.jpg"]
+    assert data.read_list(tmp_path/"list.txt", set(names)) == names
 
 
 class Bomb:
@@ -173,7 +178,8 @@ def test_luperson(tmp_path):
 def test_csv(tmp_path):
     for name in "abcd": paint(tmp_path/"im ages"/f"{name} ü.jpg")
     file = tmp_path/"my set.csv"
-    file.write_text("path,pid,cam,split\nim ages/a ü.jpg,ann,north,train\nim ages/b ü.jpg,bob,south,train\nim ages/c ü.jpg,cy,north,Query\nim ages/d ü.jpg,cy,west,gallery\n")
+    file.write_text("path,pid,cam,split\nim ages/a ü.jpg,ann,north,train\nim ages/b ü.jpg,bob,south,train\n"
+                    "im ages/c ü.jpg,cy,north,Query\nim ages/d ü.jpg,cy,west,gallery\n")
     for root in (tmp_path, file):
         ds = data.open_dataset("csv", root)
         assert ds.train["pid"].tolist() == [0, 1] and ds.train["cam"].tolist() == [0, 1]
@@ -195,7 +201,8 @@ def test_csv_without_labels_and_parquet(tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ("file,pid\na.jpg,1\n", "expected 'path'"), ("path,pid\na.jpg,1\nb.jpg,\n", "pid is blank in 1 of 2 rows, first in row 2"),
-    ("path,split\na.jpg,test\n", "split 'test'; expected train, query, gallery"), ("path\n../a.jpg\n", "outside"), ("path\n/etc/a.jpg\n", "outside"),
+    ("path,split\na.jpg,test\n", "split 'test'; expected train, query, gallery"),
+    ("path\n../a.jpg\n", "outside"), ("path\n/etc/a.jpg\n", "outside"),
     ("path\n", "no rows"), ("path,pid\n,1\n", "path is blank")])
 def test_csv_errors(tmp_path, text, message):
     (tmp_path/"set.csv").write_text(text)
@@ -230,8 +237,10 @@ def test_errors_look_around(tmp_path):
     (tmp_path/"Market-1501-v15.09.15.zip").touch()
     with pytest.raises(FileNotFoundError, match=r"unpack Market-1501-v15.09.15.zip"): data.open_dataset("market1501", tmp_path)
     market(tmp_path/"Market-1501-v15.09.15"/"Market-1501-v15.09.15")  # unpacked one level too deep
-    with pytest.raises(FileNotFoundError, match="has these folders; if it is the one, pass it as root"): data.open_dataset("market1501", tmp_path)
-    with pytest.raises(FileNotFoundError, match="Market-style"): data.open_dataset("veri776", tmp_path/"Market-1501-v15.09.15"/"Market-1501-v15.09.15")
+    with pytest.raises(FileNotFoundError, match="has these folders; if it is the one, pass it as root"):
+        data.open_dataset("market1501", tmp_path)
+    with pytest.raises(FileNotFoundError, match="Market-style"):
+        data.open_dataset("veri776", tmp_path/"Market-1501-v15.09.15"/"Market-1501-v15.09.15")
 
 
 def test_open_pair(tmp_path):
@@ -254,6 +263,8 @@ def test_hostile_names(tmp_path):
     paint(root/BOXES[0]/"0044_c2s1 with space ü.jpg")
     (root/BOXES[0]/"loop").symlink_to(root, target_is_directory=False)
     (root/BOXES[0]/"self").symlink_to(root/BOXES[0]/"self")
+    (root/BOXES[0]/"self.d").symlink_to(root/BOXES[0]/"self.d")
+    os.mkfifo(root/BOXES[0]/"0002_c2s1_000009_00.jpg")  # would be read for ever
     shutil.rmtree(root/"query")
     boxes(root, [], ["0005_c1s1_1.jpg"], [])
     names = data.list_images(root/BOXES[0])
@@ -373,11 +384,12 @@ def test_unreadable_images_are_named_together(tmp_path):
     (tmp_path/"page.jpg").write_text("<html>")
     Image.new("1", (8000, 8000)).save(tmp_path/"bomb.png")
     (tmp_path/"gone.jpg").symlink_to(tmp_path/"nowhere.jpg")
+    (tmp_path/"self.jpg").symlink_to(tmp_path/"self.jpg")
     ds = data.open_dataset("folder", tmp_path)
-    with pytest.raises(ValueError, match="5 of 6 images cannot be read") as error: data.load_images(ds.train["path"], (8, 4))
+    with pytest.raises(ValueError, match="6 of 7 images cannot be read") as error: data.load_images(ds.train["path"], (8, 4))
     assert all(name in str(error.value) for name in ("half", "empty", "page", "bomb", "gone"))
     report = data.check(ds)
-    assert len(report.files) == 5 and not report.ok and "images that cannot be read: 5" in report.errors[0]
+    assert len(report.files) == 6 and not report.ok and "images that cannot be read: 6" in report.errors[0]
     assert "decompression bomb" in report.files.set_index("path").loc["bomb.png", "problem"]
 
 
@@ -536,7 +548,10 @@ def test_dealing_covers_everything():
 
 def test_cameras_are_ignored_when_asked():
     labels, cams = np.repeat([0, 1], 50), np.tile([0] * 45 + [1] * 5, 2)
-    def mixed(prefer): return np.mean([len(set(cams[b])) > 1 for b in take(data.pk_batches(labels, cams, batch_size=2, instances=2, rng=0, prefer_other_cameras=prefer), 200)])
+    def mixed(prefer):
+        batches = data.pk_batches(labels, cams, batch_size=2, instances=2, rng=0, prefer_other_cameras=prefer)
+        return np.mean([len(set(cams[batch])) > 1 for batch in take(batches, 200)])
+
     assert mixed(True) == 1 and mixed(False) < .5
 
 
@@ -552,7 +567,8 @@ def test_sampler_errors():
 def test_same_seed_same_batches():
     labels = np.random.default_rng(0).integers(-1, 20, 300)
     for compat in (False, True):
-        one, two = (take(data.pk_batches(labels, batch_size=16, instances=4, rng=np.random.default_rng(5), compat=compat), 9) for _ in range(2))
+        make = lambda: data.pk_batches(labels, batch_size=16, instances=4, rng=np.random.default_rng(5), compat=compat)
+        one, two = take(make(), 9), take(make(), 9)
         assert_array_equal(one, two)
 
 
@@ -597,7 +613,8 @@ def test_check_counts(tmp_path, monkeypatch):
     market(tmp_path/"market1501")
     report = data.check(data.open_dataset("market1501", tmp_path))
     assert "train: images 6, 12,936 expected" in report.errors and "gallery: ids 3, 751 expected" in report.errors
-    monkeypatch.setitem(data.LAYOUTS, "veri776", data.LAYOUTS["veri776"]._replace(official=dict(train=(6, 3), query=(2, 2), gallery=(3, 3))))
+    twin = data.LAYOUTS["veri776"]._replace(official=dict(train=(6, 3), query=(2, 2), gallery=(3, 3)))
+    monkeypatch.setitem(data.LAYOUTS, "veri776", twin)
     assert any("counts are those of veri776" in e for e in data.check(data.open_dataset("market1501", tmp_path)).errors)
 
 
