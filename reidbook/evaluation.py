@@ -146,7 +146,8 @@ class Evaluation:
         return float(self.cmc[min(k, len(self.cmc)) - 1])
 
     def __repr__(self):
-        return f"Evaluation(mAP {self.mAP:.3f}, rank-1 {self.rank(1):.3f}, mINP {self.mINP:.3f}, {self.valid.sum()} of {len(self.ap)} queries)"
+        counted = f"{self.valid.sum()} of {len(self.ap)} queries"
+        return f"Evaluation(mAP {self.mAP:.3f}, rank-1 {self.rank(1):.3f}, mINP {self.mINP:.3f}, {counted})"
 
     def _repr_markdown_(self):
         values = [self.mAP, self.rank(1), self.rank(5), self.rank(10), self.mINP]
