@@ -356,17 +356,22 @@ def read_folder(base) -> Dataset:
     return Dataset("folder", base, make_table(base, names), _no_images(), _no_images())
 
 # %% ../nbs/01_data.ipynb #0049abcd
-def _codes(values, what, file):
-    "A column as int64: whole numbers as they are, names as 0..n-1 in sorted order; blank everywhere: None."
+def _codes(values, split, what, file):
+    "A column as int64: whole numbers as they are, names as 0..n-1 in sorted order, -1 where a whole split is blank; None: all blank."
     text = values.astype("str").str.strip()
-    blank = values.isna() | (text == "")
+    blank = (values.isna() | (text == "")).to_numpy()
+    for s in SPLITS:
+        rows = (split == s).to_numpy()
+        if 0 < (n := (blank & rows).sum()) < rows.sum():
+            raise ValueError(f"{file}: {what} is blank in {n} of {rows.sum()} {s} rows, first in row {np.argmax(blank & rows) + 1}; "
+                             "fill all rows of a split or none")
     if blank.all(): return None
-    if blank.any():
-        raise ValueError(f"{file}: {what} is blank in {blank.sum()} of {len(values)} rows, first in row {int(np.argmax(blank)) + 1}; "
-                         "fill all rows or drop the column")
-    numbers = pd.to_numeric(text, errors="coerce")
+    codes, numbers = np.full(len(text), -1), pd.to_numeric(text[~blank], errors="coerce")
     whole = numbers.notna().all() and (numbers == numbers.round()).all() and (numbers.abs() < 2**53).all()
-    return numbers.to_numpy(np.int64) if whole else relabel(text.to_numpy().astype(str))
+    known = numbers.to_numpy(np.int64) if whole else text[~blank].to_numpy().astype(str)
+    if whole and known.min() < 0: raise ValueError(f"{file}: {what} {known.min()} is negative; leave such rows out")
+    codes[~blank] = known if whole and what == "pid" else relabel(known)
+    return codes
 
 def _one_file(base):
     "The CSV or parquet file meant by `base`: the file itself, or the only one in a folder."
@@ -390,10 +395,10 @@ def read_csv(base) -> Dataset:
     split = frame["split"].astype("str").str.strip().str.lower() if "split" in frame else pd.Series("train", index=frame.index)
     odd = sorted(set(split) - set(SPLITS))
     if odd: raise ValueError(f"{file}: split {', '.join(map(repr, odd[:3]))}; expected {', '.join(SPLITS)}")
-    codes = {c: _codes(frame[c], c, file) for c in ("pid", "cam") if c in frame}
-    if codes.get("cam") is not None: codes["cam"] = relabel(codes["cam"])
-    table = make_table("", paths, codes.get("pid"), codes.get("cam"))
-    return assemble("csv", file.parent, [table[split == s].reset_index(drop=True) for s in SPLITS], file.name)
+    table = make_table("", paths, *(_codes(frame[c], split, c, file) if c in frame else None for c in ("pid", "cam")))
+    tables = [table[split == s].reset_index(drop=True) for s in SPLITS]
+    blank = [[c for c in t if c != "path" and len(t) and (t[c] < 0).all()] for t in tables]
+    return assemble("csv", file.parent, [t.drop(columns=c) for t, c in zip(tables, blank)], file.name)
 
 # %% ../nbs/01_data.ipynb #0053abcd
 def read_synthetic(base, name="synthetic-small") -> Dataset:

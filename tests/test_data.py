@@ -199,11 +199,22 @@ def test_csv_without_labels_and_parquet(tmp_path):
     assert list(data.open_dataset("csv", tmp_path/"other.csv").train) == ["path"]
 
 
+def test_csv_with_a_blank_split(tmp_path):
+    for name in "abc": paint(tmp_path/f"{name}.jpg")
+    (tmp_path/"set.csv").write_text("path,pid,cam,split\na.jpg,,cam10,train\nb.jpg,77,cam9,query\nc.jpg,77,cam10,gallery\n")
+    ds = data.open_dataset("csv", tmp_path)
+    assert list(ds.train) == ["path", "cam"] and ds.query["pid"].tolist() == ds.gallery["pid"].tolist() == [77]
+    assert ds.train["cam"].tolist() == [0] and ds.query["cam"].tolist() == [1]
+    (tmp_path/"set.csv").write_text("path,pid,cam\na.jpg,,3\nb.jpg,,10\n")
+    ds = data.open_dataset("csv", tmp_path)
+    assert list(ds.train) == ["path", "cam"] and ds.train["cam"].tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("text, message", [
-    ("file,pid\na.jpg,1\n", "expected 'path'"), ("path,pid\na.jpg,1\nb.jpg,\n", "pid is blank in 1 of 2 rows, first in row 2"),
+    ("file,pid\na.jpg,1\n", "expected 'path'"), ("path,pid\na.jpg,1\nb.jpg,\n", "pid is blank in 1 of 2 train rows, first in row 2"),
     ("path,split\na.jpg,test\n", "split 'test'; expected train, query, gallery"),
     ("path\n../a.jpg\n", "outside"), ("path\n/etc/a.jpg\n", "outside"),
-    ("path\n", "no rows"), ("path,pid\n,1\n", "path is blank")])
+    ("path\n", "no rows"), ("path,pid\n,1\n", "path is blank"), ("path,pid\na.jpg,-1\n", "pid -1 is negative")])
 def test_csv_errors(tmp_path, text, message):
     (tmp_path/"set.csv").write_text(text)
     with pytest.raises(ValueError, match=message): data.open_dataset("csv", tmp_path)
