@@ -216,7 +216,7 @@ def looks_like(folder) -> str:  # "" when it looks like nothing known
 
 def _holds(folder):
     "What is in a folder, in one line."
-    try: names = sorted(e.name + ("/" if _is_dir(e) else "") for e in os.scandir(folder))
+    try: names = sorted(e.name + ("/" if _is_dir(e) else "") for e in os.scandir(folder) if e.name[0] != ".")
     except OSError as error: return f"nothing readable ({error.strerror})"
     return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) if names else "nothing"
 
@@ -230,7 +230,7 @@ def _what_to_do(base, roots, needed):
         missing = [n for n in needed if not (folder/n.rstrip("/")).exists()]
         if folder in candidates or len(missing) < len(needed): yield f"found: {folder} holds {_holds(folder)}; lacks {', '.join(missing)}"
         if kind := looks_like(folder): yield f"it looks like {kind}"
-        for inner in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in others)[:50]:
+        for inner in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in others and not p.name.startswith((".", "synthetic-")))[:50]:
             move = "move its contents one level up" if folder in candidates else f"rename it to {base/roots[0]}"
             if _has(inner, needed): yield f"to do: {inner} has these folders; if it is the one, pass it as root (--root {inner}) or {move}"
     packed = [p.name for p in sorted(base.iterdir()) if p.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar"))]
@@ -810,7 +810,8 @@ def check_labels(report, dataset):
     for split, table in tables.items():
         lost = "training works, label noise cannot be measured" if split == "train" else "it cannot be scored"
         if "pid" not in table: add(f"{split}: ids are unknown; {lost}")
-        if "cam" not in table: add(f"{split}: cameras are unknown; the sampler and the evaluation do without them")
+        lost = "the sampler falls back to plain identity sampling" if split == "train" else "matches in the same camera cannot be left out"
+        if "cam" not in table: add(f"{split}: cameras are unknown; {lost}")
     cams = {c for table in tables.values() if "cam" in table for c in table["cam"].unique().tolist()}
     if expected and len(cams) != len(expected): report.errors.append(f"cameras in all: {len(cams)}, {len(expected)} expected")
     elif len(cams) == 1: add("there is one camera only: the usual evaluation, which leaves out the query's own camera, has nothing to find")
