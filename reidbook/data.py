@@ -230,7 +230,8 @@ def _what_to_do(base, roots, needed):
         missing = [n for n in needed if not (folder/n.rstrip("/")).exists()]
         if folder in candidates or len(missing) < len(needed): yield f"found: {folder} holds {_holds(folder)}; lacks {', '.join(missing)}"
         if kind := looks_like(folder): yield f"it looks like {kind}"
-        for inner in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in others and not p.name.startswith((".", "synthetic-")))[:50]:
+        inside = [p for p in folder.iterdir() if p.is_dir() and p.name not in others and not p.name.startswith((".", "synthetic-"))]
+        for inner in sorted(inside)[:50]:
             move = "move its contents one level up" if folder in candidates else f"rename it to {base/roots[0]}"
             if _has(inner, needed): yield f"to do: {inner} has these folders; if it is the one, pass it as root (--root {inner}) or {move}"
     packed = [p.name for p in sorted(base.iterdir()) if p.name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar"))]
