@@ -9,10 +9,11 @@ __all__ = ['seeded_features', 'Peak', 'reference', 'bench_clustering', 'show', '
 import argparse
 import importlib.util
 import json
-import multiprocessing
 import os
 import platform
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -42,14 +43,13 @@ def seeded_features(
         x[a:a + 4096] /= np.linalg.norm(x[a:a + 4096], axis=1, keepdims=True)
     return x, pids
 
-# %% ../nbs/19_bench.ipynb #0010abcd
+# %% ../nbs/19_bench.ipynb #0012abcd
 def _status(field: str) -> float:
     "A memory field of this process in MB."
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field): return int(line.split()[1]) / 1024
     raise KeyError(field)
 
-# %% ../nbs/19_bench.ipynb #0011abcd
 class Peak:
     "`with Peak() as p: ...` then `p.mb`: the highest memory in use during the block, beyond what was in use before."
     def __enter__(self):
@@ -65,13 +65,12 @@ class Peak:
         except OSError: top = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self.mb = max(0.0, top - self.start)
 
-# %% ../nbs/19_bench.ipynb #0014abcd
+# %% ../nbs/19_bench.ipynb #0016abcd
 def _warm():
     x, pids = seeded_features(300, 32)
     clustering.dbscan(neighbors.jaccard_similarity(x), 0.6)
     evaluation.evaluate(x[:40], x[40:], pids[:40], pids[40:])
 
-# %% ../nbs/19_bench.ipynb #0015abcd
 def _engine(n, dim, eps, labels_to):
     x, _ = seeded_features(n, dim)
     _warm()
@@ -85,7 +84,7 @@ def _engine(n, dim, eps, labels_to):
     np.save(labels_to, labels)
     return dict(n=n, dim=dim, knn_s=t1 - t0, rest_s=t2 - t1, peak_mb=peak.mb, clusters=int(labels.max() + 1))
 
-# %% ../nbs/19_bench.ipynb #0017abcd
+# %% ../nbs/19_bench.ipynb #0019abcd
 def reference():
     "The module tests/reference.py of the checkout around the package or the current folder."
     for root in (Path(__file__).parent.parent if "__file__" in globals() else Path.cwd(), Path.cwd(), Path.cwd().parent):
@@ -97,7 +96,6 @@ def reference():
             return module
     raise FileNotFoundError("bench: tests/reference.py was not found; run `reidbook bench` from a checkout, or with --no-reference.")
 
-# %% ../nbs/19_bench.ipynb #0018abcd
 def _dense(n, dim, eps, labels_to):
     dense = reference()
     x, _ = seeded_features(n, dim)
@@ -111,7 +109,7 @@ def _dense(n, dim, eps, labels_to):
     np.save(labels_to, labels)
     return dict(dense_knn_s=t1 - t0, dense_rest_s=t2 - t1, dense_peak_mb=peak.mb)
 
-# %% ../nbs/19_bench.ipynb #0020abcd
+# %% ../nbs/19_bench.ipynb #0024abcd
 def _evaluation(queries, gallery, dim, loop):
     x, pids = seeded_features(queries + gallery, dim, per_identity=25)
     cams = np.random.default_rng(1).integers(0, 6, len(x))
@@ -133,7 +131,7 @@ def _evaluation(queries, gallery, dim, loop):
         row["loop_s"] = time.perf_counter() - t0
     return row
 
-# %% ../nbs/19_bench.ipynb #0022abcd
+# %% ../nbs/19_bench.ipynb #0027abcd
 def _approximate(n, dim, eps, probes):
     x, _ = seeded_features(n, dim)
     _warm()
@@ -149,23 +147,21 @@ def _approximate(n, dim, eps, probes):
     return dict(n=n, dim=dim, probes=probes, search_s=t1 - t0, rest_s=t3 - t2, recall_at_30=recall, peak_mb=peak.mb,
                 total_mb=peak.mb + x.nbytes / 2**20, clusters=int(labels.max() + 1))
 
-# %% ../nbs/19_bench.ipynb #0024abcd
-def _child(pipe, job, args):
-    pipe.send(globals()[job](*args))
+# %% ../nbs/19_bench.ipynb #0030abcd
+def _child(job, args):
+    "Run a job in this process; its result goes to the last line of the output."
+    print("\n" + json.dumps(globals()[job](*args)))
 
 def _measure(job, *args):
-    "Run one job in its own process; None when it was killed (out of memory)."
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, job, args))
-    process.start()
-    theirs.close()
-    try: result = ours.recv()
-    except EOFError: result = None
-    process.join()
-    return result
+    "Run a job in a process of its own; None when it was killed (out of memory)."
+    call = "import json, sys; from reidbook import bench; bench._child(*json.loads(sys.argv[1]))"
+    words = [sys.executable, "-c", call, json.dumps([job, [str(a) if isinstance(a, Path) else a for a in args]])]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+    if done.returncode < 0 or done.returncode == 137: return None
+    done.check_returncode()
+    return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../nbs/19_bench.ipynb #0025abcd
+# %% ../nbs/19_bench.ipynb #0031abcd
 def bench_clustering(n: int, dim: int = 2048, eps: float = 0.6, dense: bool = True) -> dict:
     "One row: the engine, and the dense reference on the same features right after it."
     import tempfile
@@ -179,7 +175,7 @@ def bench_clustering(n: int, dim: int = 2048, eps: float = 0.6, dense: bool = Tr
             other["ratio"] = (other["dense_knn_s"] + other["dense_rest_s"]) / (row["knn_s"] + row["rest_s"])
     return row | (other or dict(dense_knn_s=None, dense_rest_s=None, dense_peak_mb=None, same_labels=None, ratio=None))
 
-# %% ../nbs/19_bench.ipynb #0027abcd
+# %% ../nbs/19_bench.ipynb #0036abcd
 def show(results: dict) -> str:
     "The results as plain text."
     cells = lambda *values: " | ".join("-" if v is None else f"{v:,}" if isinstance(v, (int, str)) and not isinstance(v, (bool, str)) else
@@ -195,7 +191,7 @@ def show(results: dict) -> str:
                                                                         for k, v in results["approximate"].items())]
     return "\n".join(lines)
 
-# %% ../nbs/19_bench.ipynb #0028abcd
+# %% ../nbs/19_bench.ipynb #0037abcd
 def run_bench(
     sizes=(4000, 12936),                                     # N for clustering
     *,
@@ -223,7 +219,7 @@ def run_bench(
     print(show(results))
     return results
 
-# %% ../nbs/19_bench.ipynb #0030abcd
+# %% ../nbs/19_bench.ipynb #0041abcd
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     "The options of `reidbook bench`."
     parser.add_argument("--sizes", type=int, nargs="*", default=[4000, 12936], help="numbers of images for clustering")
@@ -233,7 +229,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--out", help="write the results to this .json")
     return parser
 
-# %% ../nbs/19_bench.ipynb #0031abcd
 def main(args=None) -> int:
     "`reidbook bench`: `args` is the parsed namespace, a list of strings, or None for the command line."
     if args is None or isinstance(args, (list, tuple)):

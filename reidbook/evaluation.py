@@ -52,7 +52,7 @@ def _count_torch(s, ptr, values):
     edges[row, at] = values
     place = torch.searchsorted(torch.from_numpy(edges).to(s.device), s, right=True)
     hits = torch.zeros(len(edges), width + 1, dtype=torch.int64, device=s.device)
-    hits.scatter_add_(1, place, torch.ones_like(place))
+    hits.scatter_add_(1, place, place.new_ones(1, 1).expand_as(place))
     at_least = hits.flip(1).cumsum(1).flip(1)[:, 1:].cpu().numpy()
     return at_least[row, at]
 
@@ -111,13 +111,15 @@ def _block_scores(s, pairs, rows):
     return ap, first, inp
 
 # %% ../nbs/08_evaluation.ipynb #0035abcd
-def _similarity_blocks(q, g, device, room=48e6):
+def _similarity_blocks(q, g, device, room=None):
     "(rows, similarities) for blocks of queries: inner product, or -d²/2 up to a constant per query where lengths differ."
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     on_cpu = torch.device(device).type == "cpu"
     half = np.einsum("nd,nd->n", g, g) / 2
     offset = None if np.ptp(half) < 1e-3 else torch.from_numpy(half).to(device)
-    size = int(np.clip((room if on_cpu else 1e9) // (4 * len(g)), 16, 4096)) // 16 * 16
+    compiled = on_cpu and neighbors.numba is not None
+    room = room or (48e6 if compiled else 16e6 if on_cpu else 1e9)         # bytes of similarities at a time
+    size = int(np.clip(room // (4 * len(g)), 16, 4096)) // 16 * 16
     tq, tg = torch.from_numpy(q).to(device), torch.from_numpy(g).to(device)
     buffer = torch.empty(size * len(g), device=device)
     for a in range(0, len(q), size):
@@ -125,7 +127,7 @@ def _similarity_blocks(q, g, device, room=48e6):
         out = buffer[:len(rows) * len(g)].view(len(rows), len(g))
         with full_precision(): products(tq[a:a + size], tg, out)
         if offset is not None: out -= offset
-        yield rows, out.numpy() if on_cpu and neighbors.numba is not None else out
+        yield rows, out.numpy() if compiled else out
 
 # %% ../nbs/08_evaluation.ipynb #0037abcd
 @dataclass(repr=False)

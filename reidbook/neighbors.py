@@ -474,9 +474,7 @@ def _overlap(v, least):
     else: parts = in_threads(lambda lo, hi: _meet(*lists, least, lo, hi), n, step=2048)
     cols, sims, count = (np.concatenate(p) for p in zip(*parts))
     upper = sp.csr_matrix((sims, cols, np.concatenate([[0], np.cumsum(count, dtype=np.int64)])), shape=(n, n))
-    diagonal = upper.diagonal()
-    both = (upper + upper.T).tocsr()
-    both.setdiag(diagonal)
+    both = (upper + sp.triu(upper, 1, format="csr").T).tocsr()
     both.sort_indices()
     return both
 
