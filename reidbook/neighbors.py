@@ -533,14 +533,15 @@ def re_rank(
     if q.shape[1] != g.shape[1]: raise ValueError(f"re_rank: query has {q.shape[1]} columns, gallery {g.shape[1]}; use one model for both.")
     x = np.concatenate([q, g])
     half, lowest = np.einsum("nd,nd->n", x, x) / 2, np.empty(len(x), np.float32)
-    sims, rank = _search(x, min(k1 + 1, len(x)), device, half, lowest)     # -d²/2, its least value per row
+    sims, rank = _search(x, min(max(k1 + 1, k2), len(x)), device, half, lowest)      # -d²/2, its least value per row
     sims = sims + half[:, None] + half[rank]
     farthest = np.maximum(-2 * lowest.astype(np.float64), 1e-12)
 
     def logit(rows, cols, dots):                             # the reference squares the squared distance, then divides by the row's largest
         return -(np.maximum(2 * (half[rows] + half[cols] - dots), 0) / farthest[rows]) ** 2
 
-    v = _expand_query(_encode(x, rank, np.ascontiguousarray(sims), round(k1 / 2) + 1, logit), rank, k2)
+    lists = (np.ascontiguousarray(a[:, :k1 + 1]) for a in (rank, sims))
+    v = _expand_query(_encode(x, *lists, round(k1 / 2) + 1, logit), rank, k2)
     out, n = np.empty((len(q), len(g)), np.float32), len(q)
     columns = v.tocsc()
     if numba is None:
