@@ -415,20 +415,19 @@ def _expand_query(v, rank, k2):
 # %% ../nbs/04_neighbors.ipynb #0081abcd
 @compiled
 def _meet(indptr, indices, values, col_ptr, col_rows, col_values, least, lo, hi):
-    "Pairs j >= i of rows lo..hi with m / (2 - m) >= least, m the sum of minima, found through the inverted lists."
-    n = len(indptr) - 1
-    m, touched = np.zeros(n, np.float64), np.empty(n, np.int32)
+    "Pairs j >= i of rows lo..hi with m / (2 - m) >= least, m the sum of minima. Columns are numbered from the longest list down."
+    n, need = len(indptr) - 1, 2 * least / (1 + least) - 1e-5          # the m that a kept pair must reach
+    m, hub, touched = np.zeros(n), np.zeros(n, np.float32), np.empty(n, np.int32)
     cols, sims, count, used = np.empty((hi - lo) * 32, np.int32), np.empty((hi - lo) * 32, np.float32), np.zeros(hi - lo, np.int32), 0
     for i in range(lo, hi):
-        hits = 0
-        for p in range(indptr[i], indptr[i + 1]):
+        start, hits, mass, h = used, 0, 0.0, indptr[i]
+        while h < indptr[i + 1] and mass + values[h] < need:           # longest lists that together cannot make a pair
+            mass += values[h]
+            hub[indices[h]] = values[h]
+            h += 1
+        for p in range(h, indptr[i + 1]):
             v, l = values[p], indices[p]
-            begin, end = col_ptr[l], col_ptr[l + 1]
-            while begin < end:                                         # first entry of the inverted list with row >= i
-                middle = (begin + end) // 2
-                if col_rows[middle] < i: begin = middle + 1
-                else: end = middle
-            for q in range(begin, col_ptr[l + 1]):
+            for q in range(col_ptr[l] + np.searchsorted(col_rows[col_ptr[l]:col_ptr[l + 1]], i), col_ptr[l + 1]):
                 j = col_rows[q]
                 if m[j] == 0:
                     touched[hits] = j
@@ -437,14 +436,18 @@ def _meet(indptr, indices, values, col_ptr, col_rows, col_values, least, lo, hi)
         if used + hits > len(cols):
             more = len(cols) // 2 + hits
             cols, sims = np.append(cols, np.empty(more, np.int32)), np.append(sims, np.empty(more, np.float32))
-        start = used
-        for h in range(hits):
-            j = touched[h]
-            s = min(m[j] / (2 - m[j]), 1.0)
-            m[j] = 0
+        for j in touched[:hits]:
+            total, m[j] = m[j], 0
+            if total + mass < need: continue
+            if h > indptr[i]:                                          # what the long lists add, from the row of j itself
+                for p in range(indptr[j], indptr[j + 1]):
+                    if indices[p] > indices[h - 1]: break
+                    total += min(values[p], hub[indices[p]])
+            s = min(total / (2 - total), 1.0)
             if s >= least:
                 cols[used], sims[used] = j, s
                 used += 1
+        for p in range(indptr[i], h): hub[indices[p]] = 0
         count[i - lo] = used - start
     return cols[:used].copy(), sims[:used].copy(), count
 
@@ -469,6 +472,8 @@ def _meet_sparse(v, columns, least, lo, hi):
 def _overlap(v, least):
     "Sparse Jaccard similarity of the rows of v: the upper triangle through inverted lists, then mirrored."
     n, columns = v.shape[0], v.tocsc()
+    columns = columns[:, np.argsort(-np.diff(columns.indptr), kind="stable")]        # m does not mind the order of columns
+    v = columns.tocsr()
     lists = v.indptr, v.indices, v.data, columns.indptr, columns.indices, columns.data
     if numba is None: parts = [_meet_sparse(v, columns, least, lo, min(lo + 1024, n)) for lo in range(0, n, 1024)]
     else: parts = in_threads(lambda lo, hi: _meet(*lists, least, lo, hi), n, step=2048)
