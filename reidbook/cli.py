@@ -122,5 +122,4 @@ def main(words=None):
     return code
 
 # %% ../nbs/25_cli.ipynb #0020abcd
-#| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # python -m reidbook.cli, and not this page

@@ -201,7 +201,7 @@ def extract_features(model,           # gives (global, parts) for a batch, as Re
     model.to(device).eval()
     globals_, parts = [], []
     for i in tqdm(range(0, len(images), batch_size), desc="features", leave=False, delay=3):
-        g, p = model(test_transform(torch.from_numpy(np.ascontiguousarray(images[i:i + batch_size])).to(device)))
+        g, p = model(test_transform(torch.from_numpy(np.array(images[i:i + batch_size])).to(device)))
         globals_.append(F.normalize(g.float(), dim=1).cpu())
         if p is not None: parts.append(F.normalize(p.float(), dim=2).cpu())
     model.train(training)

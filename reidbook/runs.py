@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'REPORTING', 'method_names', 'get_method', 'code_digest', 'describe', 'runs_dir', 'write_json', 'hardware',
-           'versions', 'now', 'begin', 'finish', 'epoch_line', 'free_baselines', 'template_path', 'template_parameters',
-           'execute', 'publish', 'read_manifest', 'ledger', 'results_table']
+           'versions', 'now', 'begin', 'finish', 'epoch_line', 'free_baselines', 'choices', 'show_rank_lists',
+           'template_path', 'template_parameters', 'execute', 'publish', 'read_manifest', 'ledger', 'results_table',
+           'markdown_table']
 
 # %% ../nbs/20_runs.ipynb #0002abcd
 import ast
@@ -151,7 +152,7 @@ def finish(run, **more):
 # %% ../nbs/20_runs.ipynb #0026abcd
 def epoch_line(r) -> str:
     "One printed line about an epoch."
-    line = f"epoch {r['epoch'] + 1:3d}  loss {r['loss']:.3f}  {r['clusters']:4d} clusters  {r['outliers']:5d} outliers"
+    line = f"epoch {r['epoch']:3d}  loss {r['loss']:.3f}  {r['clusters']:4d} clusters  {r['outliers']:5d} outliers"
     if "label_pairwise_precision" in r: line += f"  labels P {r['label_pairwise_precision']:.2f} R {r['label_pairwise_recall']:.2f}"
     if "mAP" in r: line += f"  test mAP {r['mAP']:6.1%} rank-1 {r['rank1']:6.1%}"
     return line + f"  ({sum(v for k, v in r.items() if k.startswith('seconds')):.1f} s)"
@@ -162,6 +163,7 @@ def free_baselines(t) -> dict:
     from reidbook.evaluation import evaluate
     from reidbook.synthetic import histogram_features, pixel_features
     d, size = t.dataset, (t.settings.height, t.settings.width)
+    if not training.has_test(d): return {}
     ids = [column(table, name) for name in ("pid", "cam") for table in (d.query, d.gallery)]
     q, g = (load_images(table.path, size, cache=t.cache) for table in (d.query, d.gallery))
     colours = [histogram_features(x, c) for x, c in ((q, ids[2]), (g, ids[3]))]
@@ -169,6 +171,27 @@ def free_baselines(t) -> dict:
             "histogram": float(evaluate(*colours, *ids).mAP)}
 
 # %% ../nbs/20_runs.ipynb #0031abcd
+def choices(history) -> pd.DataFrame:
+    "The last epoch, which is the result, beside the best on the test set, which is what the papers report."
+    tested = [r for r in history if "mAP" in r]
+    if not tested: return pd.DataFrame({"last epoch": history[-1]}).T
+    return pd.DataFrame({"last epoch": tested[-1], "best on test": max(tested, key=lambda r: r["mAP"])}).loc[["epoch", "mAP", "rank1", "mINP"]].T
+
+# %% ../nbs/20_runs.ipynb #0032abcd
+def show_rank_lists(t,       # a training state
+                    result,  # from `training.test`
+                    n=5,     # queries, spread over the query table
+                    k=8,     # gallery images each
+                    ):
+    "Figure: a few queries and their nearest gallery images."
+    from reidbook.evaluation import plot_rank_lists, rank_lists
+    _, query, gallery = result
+    q_pids, g_pids, q_cams, g_cams = (column(table, name) for name in ("pid", "cam") for table in (t.dataset.query, t.dataset.gallery))
+    rows = np.linspace(0, len(query.global_) - 1, n).astype(int)
+    order = rank_lists(query.global_, gallery.global_, k, q_pids, g_pids, q_cams, g_cams, rows=rows)
+    return plot_rank_lists(list(t.dataset.query.path.iloc[rows]), list(t.dataset.gallery.path), order, q_pids[rows], g_pids)
+
+# %% ../nbs/20_runs.ipynb #0034abcd
 def template_path() -> Path:
     "The training template of the checkout."
     return PACKAGE.parent / "nbs" / "train.ipynb"
@@ -182,7 +205,7 @@ def template_parameters(template) -> set:
     if len(cells) != 1: raise ValueError(f"{template.name} has {len(cells)} cells tagged 'parameters', expected 1: tag the cell that holds the defaults")
     return {node.target.id if isinstance(node, ast.AnnAssign) else node.targets[0].id for node in ast.parse(cells[0].source).body}
 
-# %% ../nbs/20_runs.ipynb #0035abcd
+# %% ../nbs/20_runs.ipynb #0038abcd
 def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
             again=False,     # run it even if it is done
             template=None,   # another notebook with the same parameters
@@ -202,7 +225,7 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
     out.mkdir(parents=True, exist_ok=True)
     return _execute(template, out, values)
 
-# %% ../nbs/20_runs.ipynb #0036abcd
+# %% ../nbs/20_runs.ipynb #0039abcd
 def _execute(template, out, values):
     "papermill, then the check that the run itself says it is done, then the rename."
     import papermill
@@ -210,7 +233,7 @@ def _execute(template, out, values):
     error = "the kernel ended early"
     try:
         papermill.execute_notebook(template, partial, parameters=values, kernel_name="python3", cwd=template.parent, progress_bar=False, log_output=False,
-                                   stdout_file=sys.stdout, autosave_cell_every=30)
+                                   stdout_file=sys.stdout, autosave_cell_every=30, extra_arguments=["--log-level=ERROR"])
     except papermill.exceptions.PapermillExecutionError as e: error = f"{e.ename}: {e.evalue}"
     except Exception as e: error = f"{type(e).__name__}: {e}"
     manifest = read_manifest(out) or {}
@@ -221,7 +244,7 @@ def _execute(template, out, values):
     partial.unlink()
     return out
 
-# %% ../nbs/20_runs.ipynb #0037abcd
+# %% ../nbs/20_runs.ipynb #0040abcd
 def publish(source, target, manifest):
     "Give an executed notebook its title and front matter, and rename it into place."
     import nbformat
@@ -243,13 +266,13 @@ def publish(source, target, manifest):
     nbformat.write(nb, temporary)
     os.replace(temporary, target)
 
-# %% ../nbs/20_runs.ipynb #0039abcd
+# %% ../nbs/20_runs.ipynb #0042abcd
 def read_manifest(folder):
     "The manifest in `folder`, or None when there is none or it cannot be read."
     try: return json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
 
-# %% ../nbs/20_runs.ipynb #0040abcd
+# %% ../nbs/20_runs.ipynb #0043abcd
 def ledger(folder=None) -> pd.DataFrame:
     "All runs that are done, one row each, newest last; `.attrs['damaged']` names the folders that are not, and why."
     rows, damaged = [], {}
@@ -262,12 +285,12 @@ def ledger(folder=None) -> pd.DataFrame:
         rows.append({"name": m["name"], **{k: p[k] for k in ("dataset", "method", "seed")}, **x, "best_on_test": best.get("mAP"), "start": m.get("free", {}).get("start"),
                      "settings": json.dumps(p["settings"], sort_keys=True), "minutes": m["seconds"] / 60, "code": m["code"], "finished": m["finished"],
                      "hardware": ", ".join(m["hardware"]["gpus"]) or f"{m['hardware']['cores']} CPU cores"})
-    table = pd.DataFrame(rows, columns=None if rows else ["name", "dataset", "method", "seed", "mAP", "rank1", "finished"])
-    table = table.sort_values("finished", ignore_index=True)
+    always = ["name", "dataset", "method", "seed", "settings", "mAP", "rank1", "best_on_test", "start", "minutes", "hardware", "finished"]
+    table = pd.DataFrame(rows, columns=None if rows else always).sort_values("finished", ignore_index=True)
     table.attrs["damaged"] = damaged
     return table
 
-# %% ../nbs/20_runs.ipynb #0041abcd
+# %% ../nbs/20_runs.ipynb #0044abcd
 def results_table(table,          # from `ledger`
                   ) -> pd.DataFrame:
     "Mean and standard deviation over seeds, in percent, for every data set, method and set of changed settings."
@@ -277,3 +300,9 @@ def results_table(table,          # from `ledger`
             "best on test (mAP)": cell(g.best_on_test), "before training": cell(g.start), "minutes": f"{g.minutes.mean():.1f}", "hardware": g.hardware.iloc[0]}
            for (d, m, s), g in groups]
     return pd.DataFrame(out)
+
+# %% ../nbs/20_runs.ipynb #0046abcd
+def markdown_table(table) -> str:
+    "A data frame as a Markdown table."
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
+    return "\n".join("| " + " | ".join(r) + " |" for r in rows)

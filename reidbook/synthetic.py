@@ -39,7 +39,7 @@ class Preset:
     lookalike: float = 0.15             # share of identities that copy another's clothes, all but one part
     occlusion: float = 0.4              # share of images with something in front of the person
     misalign: float = 1.1               # scale of the detector's box errors
-    camera: float = 1.1                 # scale of the differences between cameras
+    camera: float = 0.4                 # scale of the differences between cameras
     style: str = "town"                 # palette, buildings and light: a key of STYLES
     kind: str = "person"                # what is drawn: a key of DRAW
 
@@ -48,10 +48,10 @@ PRESETS = {
     "synthetic-tiny": Preset("For tests: rendered in a second", 1, 16, 12, 4, 4, distractors=12, size=(64, 32)),
     "synthetic-small": Preset("The demo: trains in minutes on two cores", 2, 100, 60, 5, 5),
     "synthetic-large": Preset("For a GPU", 3, 1000, 500, 12, 6, distractors=1000, size=(256, 128)),
-    "synthetic-source": Preset("Another, labelled domain: the stand-in for ImageNet", 4, 150, 40, 6, 5, lookalike=0.0, occlusion=0.1,
-                               misalign=0.8, camera=0.6, style="harbour"),
+    "synthetic-source": Preset("Another, labelled domain: the stand-in for ImageNet", 4, 150, 40, 6, 5, lookalike=0.0, occlusion=0.2,
+                               misalign=0.7, camera=0.6, style="harbour"),
     "synthetic-lookalike": Preset("Failure case: half of all people are look-alikes", 5, 100, 60, 5, 5, lookalike=0.5),
-    "synthetic-cameras": Preset("Cameras that disagree strongly", 8, 100, 60, 5, 5, camera=1.8),
+    "synthetic-cameras": Preset("Cameras that disagree strongly", 8, 100, 60, 5, 5, camera=0.8),
 }
 
 # %% ../nbs/02_synthetic.ipynb #0012abcd

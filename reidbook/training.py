@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'SYNTHETIC', 'DATASETS', 'by_dataset', 'resolve', 'Plan', 'Method', 'start', 'fresh_network', 'seed_epoch',
-           'make_labels', 'check_labels', 'batches', 'view', 'train_epoch', 'test', 'epochs', 'describe_labels',
-           'describe_test', 'save_checkpoint', 'load_checkpoint', 'plot_history']
+           'make_labels', 'check_labels', 'batches', 'view', 'train_epoch', 'has_test', 'test', 'epochs',
+           'describe_labels', 'describe_test', 'save_checkpoint', 'load_checkpoint', 'plot_history']
 
 # %% ../nbs/09_training.ipynb #0002abcd
 import json
@@ -40,13 +40,13 @@ SETTINGS = dict(
 )
 
 # %% ../nbs/09_training.ipynb #0008abcd
-SYNTHETIC = dict(height=64, width=32, backbone="small", bn_group_size=16, epochs=12, iterations=60, batch_size=64, instances=4,
-                 lr=2e-3, lr_step=8, pad=4, erase=0.3, jitter=0.1, k1=12, k2=4, eps=0.5, eval_every=1)
+SYNTHETIC = dict(height=64, width=32, backbone="small", bn_group_size=16, epochs=10, iterations=60, batch_size=64, instances=4,
+                 lr=1e-3, lr_step=7, pad=4, erase=0.3, jitter=0.2, k1=12, k2=4, eps=0.6, eval_every=1)
 DATASETS = {
     "msmt17": dict(iterations=400),
     "veri776": dict(height=224, width=224, iterations=400),
     "synthetic": SYNTHETIC,
-    "synthetic-tiny": SYNTHETIC | dict(epochs=4, iterations=15, batch_size=32, bn_group_size=16, lr_step=3),
+    "synthetic-tiny": SYNTHETIC | dict(epochs=4, iterations=15, batch_size=32, lr_step=3),
     "synthetic-large": dict(iterations=400, eval_every=5),
 }
 
@@ -181,7 +181,7 @@ def batches(t):
 def view(t, index):
     "A freshly augmented view of training images `index`, on the device."
     s = t.settings
-    images = torch.from_numpy(np.ascontiguousarray(t.images[index])).to(t.device)
+    images = torch.from_numpy(np.array(t.images[index])).to(t.device)
     return train_transform(images, t.generator, flip=s.flip, pad=s.pad, erase=s.erase, jitter=s.jitter)
 
 # %% ../nbs/09_training.ipynb #0032abcd
@@ -203,16 +203,21 @@ def train_epoch(t) -> dict:
     return means
 
 # %% ../nbs/09_training.ipynb #0034abcd
+def has_test(dataset) -> bool:
+    "Is there a query and a gallery with identities to score?"
+    return dataset.query is not None and len(dataset.query) > 0 and column(dataset.query, "pid") is not None
+
+# %% ../nbs/09_training.ipynb #0035abcd
 def test(t):
     "Features of query and gallery, and their evaluation: `(evaluation, query Features, gallery Features)`."
     s, d = t.settings, t.dataset
-    if d.query is None or not len(d.query): return None
+    if not has_test(d): return None
     images = [load_images(table.path, (s.height, s.width), cache=t.cache) for table in (d.query, d.gallery)]
     q, g = (extract_features(t.model, x, device=t.device) for x in images)
     ids = [column(table, name) for name in ("pid", "cam") for table in (d.query, d.gallery)]
     return evaluate(q.global_, g.global_, *ids), q, g
 
-# %% ../nbs/09_training.ipynb #0036abcd
+# %% ../nbs/09_training.ipynb #0037abcd
 def epochs(t):
     "Train epoch after epoch; yields one flat record each: losses, clusters, label quality, test measures, seconds."
     while t.epoch < t.settings.epochs:
@@ -224,7 +229,7 @@ def epochs(t):
         feats = make_labels(t)
         t.method.start_epoch(t, feats)
         seconds = {"seconds_labels": lap()}
-        record = {"epoch": t.epoch, "lr": t.plan.lr, **train_epoch(t), **describe_labels(t.labels, t.pids)}
+        record = {"epoch": t.epoch + 1, "lr": t.plan.lr, **train_epoch(t), **describe_labels(t.labels, t.pids)}
         t.method.end_epoch(t)
         seconds["seconds_train"] = lap()
         t.epoch += 1
@@ -233,7 +238,7 @@ def epochs(t):
         if t.out: save_checkpoint(t)
         yield t.history[-1]
 
-# %% ../nbs/09_training.ipynb #0037abcd
+# %% ../nbs/09_training.ipynb #0038abcd
 def describe_labels(labels, pids):
     "Flat description of pseudo labels: counts, and quality where identities are known."
     record = {"clusters": int(labels.max() + 1), "outliers": int((labels < 0).sum())}
@@ -241,14 +246,14 @@ def describe_labels(labels, pids):
     q = label_quality(labels, pids)
     return record | {f"label_{k}": round(float(getattr(q, k)), 6) for k in ("pairwise_precision", "pairwise_recall", "pairwise_f", "bcubed_f", "nmi", "ari")}
 
-# %% ../nbs/09_training.ipynb #0038abcd
+# %% ../nbs/09_training.ipynb #0039abcd
 def describe_test(result):
     "Flat description of a test, fractions in [0, 1]."
     if result is None: return {}
     e = result[0]
     return {"mAP": float(e.mAP), "rank1": float(e.cmc[0]), "rank5": float(e.cmc[min(4, len(e.cmc) - 1)]), "mINP": float(e.mINP)}
 
-# %% ../nbs/09_training.ipynb #0043abcd
+# %% ../nbs/09_training.ipynb #0044abcd
 def save_checkpoint(t):
     "Everything a restart needs, in `out/checkpoint.pt`, and the records in `out/metrics.jsonl`; both replaced atomically."
     t.out.mkdir(parents=True, exist_ok=True)
@@ -259,7 +264,7 @@ def save_checkpoint(t):
     (t.out / "metrics.tmp").write_text("".join(json.dumps(r) + "\n" for r in t.history))
     os.replace(t.out / "metrics.tmp", t.out / "metrics.jsonl")
 
-# %% ../nbs/09_training.ipynb #0044abcd
+# %% ../nbs/09_training.ipynb #0045abcd
 def load_checkpoint(t):
     "Continue from `out/checkpoint.pt`; ValueError when it does not fit this network."
     blob = torch.load(t.out / "checkpoint.pt", map_location=t.device, weights_only=True)
@@ -268,7 +273,7 @@ def load_checkpoint(t):
     t.epoch, t.labels, t.history = blob["epoch"], blob["labels"].cpu().numpy(), blob["history"]
     t.method.load_state(t, blob["method"])
 
-# %% ../nbs/09_training.ipynb #0049abcd
+# %% ../nbs/09_training.ipynb #0050abcd
 def plot_history(history,  # records from `epochs`
                  identities=None,  # true number of identities, drawn as a line
                  ):

@@ -168,14 +168,14 @@ def test_features_are_unit_rows_and_refuse_stamps():
 
 
 def test_cheap_descriptors_stay_low(tmp_path, monkeypatch):
-    "On the demo's people (fewer training ids: they are not looked at) the floors lie between chance and a third of a trained model."
+    "On the demo's people (fewer training ids: they are not looked at) the floors lie between chance and half of a trained model."
     monkeypatch.setitem(PRESETS, "synthetic-small", dataclasses.replace(PRESETS["synthetic-small"], train_ids=1))
     make("synthetic-small", tmp_path)
     data = open_dataset("synthetic-small", tmp_path)
     tables = data.query, data.gallery
     images, n = np.concatenate([load_images(t.path, size=(128, 64)) for t in tables]), len(data.query)
     pids, cams = (np.concatenate([column(t, name) for t in tables]) for name in ("pid", "cam"))
-    for feats in (pixel_features(images), histogram_features(images, cams)):
-        assert .05 < evaluate(feats[:n], feats[n:], pids[:n], pids[n:], cams[:n], cams[n:]).mAP < .2
+    for feats, ceiling in ((pixel_features(images), .15), (histogram_features(images, cams), .33)):
+        assert .05 < evaluate(feats[:n], feats[n:], pids[:n], pids[n:], cams[:n], cams[n:]).mAP < ceiling
     plain = histogram_features(images)
     assert evaluate(plain[:n], plain[n:], pids[:n], pids[n:], cams[:n], cams[n:]).mAP < .05

@@ -11,25 +11,30 @@ from ..memory import ClusterMemory, prototypes
 from ..neighbors import jaccard_similarity
 from ..training import Method
 
-# %% ../../nbs/10_methods.baseline.ipynb #0004abcd
+# %% ../../nbs/10_methods.baseline.ipynb #0014abcd
 class Baseline(Method):
     "Cluster Contrast: kNN, Jaccard similarity, DBSCAN, prototypes, InfoNCE against the memory (Dai et al. 2022, section 3)."
     settings = dict(temperature=0.05, momentum=0.1, update="mean")
     datasets = {"synthetic": dict(temperature=0.1, momentum=0.2), "synthetic-large": {}}
 
     def labels(self, t, feats):
+        "DBSCAN on the sparse Jaccard similarity of the global features."
         s = t.settings
         sim = jaccard_similarity(feats.global_, s.k1, s.k2, min_similarity=min_similarity(s.eps))
         return dbscan(sim, s.eps, s.min_samples)
 
     def start_epoch(self, t, feats):
+        "One prototype per cluster, from this epoch's features."
         s = t.settings
         self.memory = ClusterMemory(prototypes(feats.global_, t.labels), s.momentum, s.temperature, s.update).to(t.device)
 
     def loss(self, t, batch):
+        "InfoNCE of the global feature against all prototypes."
         batch.feats = t.model(batch.images)[0]
         return {"memory": self.memory(batch.feats, batch.labels)}
 
-    def after_step(self, t, batch): self.memory.update(batch.feats, batch.labels)
+    def after_step(self, t, batch):
+        "The batch writes itself into the prototypes."
+        self.memory.update(batch.feats, batch.labels)
 
 METHOD = Baseline

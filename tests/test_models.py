@@ -1,0 +1,82 @@
+"Backbones, heads and batch norm in groups, against real replicas; weights load whole or not at all."
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from numpy.testing import assert_allclose
+
+from reidbook.models import ReIDModel, create_model, extract_features, load_state, read_state, stripes
+
+
+@pytest.mark.parametrize("parts", [0, 3])
+def test_groups_are_data_parallel_replicas(parts):
+    "Outputs, gradients and running statistics of 4 x 16 groups on one device equal 4 replicas fed 16 images each."
+    torch.manual_seed(0)
+    one = ReIDModel("small", parts=parts, bn_group_size=16).double()
+    ungrouped = ReIDModel("small", parts=parts).double()
+    ungrouped.load_state_dict(one.state_dict())
+    replicas = [copy.deepcopy(ungrouped) for _ in range(4)]
+    x = torch.randn(64, 3, 32, 16, dtype=torch.float64)
+    join = lambda out: out[0] if out[1] is None else torch.cat([out[0], out[1].flatten(1)], 1)
+    got = join(one(x))
+    want = torch.cat([join(r(piece)) for r, piece in zip(replicas, x.chunk(4))])
+    assert_allclose(got.detach(), want.detach(), atol=1e-10)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    for name, p in one.named_parameters():
+        if p.grad is None: continue
+        total = sum(dict(r.named_parameters())[name].grad for r in replicas)
+        assert_allclose(p.grad, total, atol=1e-8, rtol=1e-6, err_msg=name)
+    for (name, b), (_, first) in zip(one.named_buffers(), replicas[0].named_buffers()): assert_allclose(b, first, atol=1e-12, err_msg=name)
+
+
+def test_uneven_batches_split_like_scatter():
+    model = ReIDModel("small", bn_group_size=16)
+    assert [len(c) for c in torch.zeros(33, 1).chunk(3)] == [11, 11, 11]
+    assert torch.isfinite(model(torch.randn(33, 3, 32, 16))[0]).all()
+
+
+def test_stripes_are_adaptive_pooling():
+    for height in (7, 8, 16, 24):
+        for parts in (1, 2, 3, 4):
+            want = torch.nn.functional.adaptive_avg_pool2d(torch.arange(float(height)).view(1, 1, -1, 1), (parts, 1)).flatten()
+            assert_allclose([np.arange(height)[s].mean() for s in stripes(height, parts)], want)
+
+
+def test_imagenet_names_fit_the_trunk():
+    "A torchvision checkpoint, classifier and all, loads into the trunk and gives torchvision's features (stride aside)."
+    net = torchvision.models.resnet18(weights=None)
+    model = ReIDModel("resnet18")
+    load_state(model.backbone, net.state_dict())
+    x = torch.randn(2, 3, 64, 32)
+    trunk = torch.nn.Sequential(*list(net.children())[:-3]).eval()
+    got = torch.nn.Sequential(*list(model.backbone.children())[:-1]).eval()
+    assert_allclose(got(x).detach(), trunk(x).detach(), atol=1e-6)
+
+
+def test_checkpoint_files(tmp_path):
+    model = ReIDModel("small")
+    state = model.backbone.state_dict()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3, "best_mAP": 0.5}, tmp_path / "a.pth.tar")
+    create_model("small", str(tmp_path / "a.pth.tar"))
+    other = ReIDModel("resnet18").backbone.state_dict()
+    torch.save(other, tmp_path / "b.pth")
+    before = copy.deepcopy(state)
+    with pytest.raises(ValueError, match="missing.*Nothing was loaded"): load_state(model.backbone, read_state(tmp_path / "b.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.backbone.state_dict().values()))
+
+
+def test_shipped_weights_load_and_say_so():
+    _, said = create_model("small")
+    assert "synthetic-source" in said
+
+
+def test_extraction_leaves_the_mode_and_does_not_depend_on_the_block(tmp_path):
+    model = ReIDModel("small", parts=2).train()
+    images = np.random.default_rng(0).integers(0, 255, (10, 3, 64, 32), dtype=np.uint8)
+    a, b = extract_features(model, images, batch_size=3), extract_features(model, images, batch_size=10)
+    assert model.training
+    assert_allclose(a.global_, b.global_, atol=1e-5)
+    assert_allclose(a.parts, b.parts, atol=1e-5)

@@ -1,0 +1,118 @@
+"From the command line to an executed notebook: what is refused, what is written, what is repeatable."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from reidbook import runs
+from reidbook.cli import main, parse_settings
+
+project = Path(__file__).parent.parent
+overrides = yaml.safe_load((project / "tests" / "overrides.yaml").read_text())
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    "Runs of the tests go to a folder of their own."
+    monkeypatch.setattr(runs, "runs_dir", lambda: tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(project))
+
+
+def test_papermill_run_on_the_tiny_set(folder, root, capfd):
+    out = runs.execute(**overrides, method="baseline", root=root)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["status"] == "done" and 0 < manifest["metrics"]["mAP"] <= 1 and manifest["best_on_test"]["mAP"] >= manifest["metrics"]["mAP"]
+    assert set(manifest["free"]) == {"start", "pixels", "histogram"} and manifest["peak_memory_mb"] > 100
+    assert [json.loads(line)["epoch"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    nb = nbformat.read(out / "run.ipynb", as_version=4)
+    front = yaml.safe_load(nb.cells[0].source.strip("-\n"))
+    assert nb.cells[0].cell_type == "raw" and front["dataset"] == "synthetic-tiny" and front["mAP"] == round(100 * manifest["metrics"]["mAP"], 1)
+    outputs = [o for c in nb.cells for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o.output_type == "error"]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 3
+    assert not (out / "_partial.ipynb").exists()
+    assert "epoch   2" in capfd.readouterr().out
+    stamp = (out / "run.ipynb").stat().st_mtime_ns
+    assert runs.execute(**overrides, method="baseline", root=root) == out and (out / "run.ipynb").stat().st_mtime_ns == stamp
+    assert list(runs.ledger(folder).name) == [out.name]
+
+
+def test_a_failing_run_leaves_no_result(folder, root):
+    with pytest.raises(RuntimeError, match="failed: ValueError: epoch 0"):
+        runs.execute("synthetic-tiny", "baseline", root=root, settings={"eps": 0.001, "min_samples": 50})
+    [out] = folder.iterdir()
+    assert not (out / "run.ipynb").exists() and json.loads((out / "manifest.json").read_text())["status"] == "failed"
+    assert not len(runs.ledger(folder)) and "failed" in runs.ledger(folder).attrs["damaged"][out.name]
+
+
+def test_a_dead_kernel_is_no_result(folder, root, tmp_path):
+    "papermill marks every cell as completed when the kernel dies; the missing record tells."
+    nb = nbformat.read(project / "nbs" / "train.ipynb", as_version=4)
+    at = next(i for i, c in enumerate(nb.cells) if "training.epochs" in c.source)
+    nb.cells.insert(at, nbformat.v4.new_code_cell("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+    nbformat.write(nb, tmp_path / "dies.ipynb")
+    with pytest.raises(RuntimeError, match="failed"): runs.execute(**overrides, method="baseline", root=root, template=tmp_path / "dies.ipynb")
+    assert not list(folder.glob("*/run.ipynb"))
+
+
+@pytest.mark.parametrize("words, said", [
+    ("run --method basline", "unknown method 'basline'"),
+    ("run --dataset market-1501", "market-1501"),
+    ("run --dataset market1501", "market1501"),
+    ("run -p epoch=3", "unknown setting 'epoch'"),
+    ("run -p epochs=many", "expected int"),
+    ("run -p epochs", "expected name=value"),
+    ("run -p weights=missing.pth", "no such file"),
+    ("run --device cuda:7", "cuda"),
+    ("run --seed -4", "seed"),
+    ("batch --datasets synthetic-tiny,nowhere --methods baseline", "nowhere"),
+    ("data check market1501", "market1501"),
+])
+def test_refusals_are_one_line_and_leave_nothing(folder, root, capsys, words, said):
+    words = words.split() + (["--root", str(root)] if "data" not in words.split()[:1] else [])
+    assert main(words) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and "Traceback" not in err
+    assert not folder.exists()
+
+
+def test_untagged_template_and_missing_parameter_are_refused(folder, root, tmp_path):
+    cell = nbformat.v4.new_code_cell("seed: int = 1")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "t.ipynb")
+    with pytest.raises(ValueError, match="0 cells tagged 'parameters'"): runs.execute("synthetic-tiny", "baseline", root=root, template=tmp_path / "t.ipynb")
+    cell.metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "t.ipynb")
+    with pytest.raises(ValueError, match="has no parameter"): runs.execute("synthetic-tiny", "baseline", root=root, template=tmp_path / "t.ipynb")
+    assert not folder.exists()
+
+
+def test_identity_depends_on_settings_code_and_data(root, monkeypatch):
+    a = runs.describe("synthetic-tiny", "baseline", root=root)
+    assert a.run_id == runs.describe("synthetic-tiny", "baseline", root=root).run_id
+    assert a.run_id != runs.describe("synthetic-tiny", "baseline", seed=2, root=root).run_id
+    assert a.run_id != runs.describe("synthetic-tiny", "baseline", root=root, settings={"eps": 0.4}).run_id
+    monkeypatch.setattr(runs, "dataset_digest", lambda d: "other")
+    assert a.run_id != runs.describe("synthetic-tiny", "baseline", root=root).run_id
+    monkeypatch.undo()
+    monkeypatch.setattr(runs, "code_digest", lambda m: "other")
+    assert a.run_id != runs.describe("synthetic-tiny", "baseline", root=root).run_id
+
+
+def test_words_become_values():
+    assert parse_settings(["a=1", "b=1e-3", "c=true", "d=none", "e=[1, 2]", "f=x=y"]) == {"a": 1, "b": 1e-3, "c": True, "d": "none", "e": [1, 2], "f": "x=y"}
+
+
+def test_the_command_is_installed_and_helpful():
+    for words in ("--help", "run --help", "batch --help", "site --help", "data make --help", "data check --help", "bench --help"):
+        p = subprocess.run([sys.executable, "-m", "reidbook.cli", *words.split()], capture_output=True, text=True, env=os.environ)
+        assert p.returncode == 0 and "usage: reidbook" in p.stdout, words
