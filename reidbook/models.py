@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .data import load_images, test_transform
 
-# %% ../nbs/03_models.ipynb #0008abcd
+# %% ../nbs/03_models.ipynb #0009abcd
 def _resnet(name, norm_layer):
     "A torchvision ResNet up to its last feature map, last stride 1."
     net = getattr(torchvision.models, name)(weights=None, norm_layer=norm_layer)
@@ -34,7 +34,7 @@ def _resnet(name, norm_layer):
     layers = [(k, m) for k, m in net.named_children() if k not in ("avgpool", "fc")]  # torchvision's names, so its weights fit
     return nn.Sequential(OrderedDict(layers)), net.fc.in_features
 
-# %% ../nbs/03_models.ipynb #0010abcd
+# %% ../nbs/03_models.ipynb #0011abcd
 def _small(norm_layer):
     "One basic block per stage, widths 16 to 128, stride 8 in all: a 64 x 32 image becomes an 8 x 4 map."
     def block(cin, cout, stride):
@@ -44,10 +44,10 @@ def _small(norm_layer):
     net = nn.Sequential(*stem, block(16, 16, 1), block(16, 32, 2), block(32, 64, 2), block(64, 128, 1))
     return net, 128
 
-# %% ../nbs/03_models.ipynb #0011abcd
+# %% ../nbs/03_models.ipynb #0012abcd
 BACKBONES = {"small": _small} | {n: partial(_resnet, n) for n in ("resnet18", "resnet34", "resnet50", "resnet101")}
 
-# %% ../nbs/03_models.ipynb #0016abcd
+# %% ../nbs/03_models.ipynb #0017abcd
 class GeM(nn.Module):
     "Generalised-mean pooling with a learnt exponent (Radenovic et al. 2018): B x C x H x W to B x C."
     def __init__(self,
@@ -58,14 +58,14 @@ class GeM(nn.Module):
         self.p, self.eps = nn.Parameter(torch.tensor([p])), eps
     def forward(self, x): return x.clamp(min=self.eps).pow(self.p).mean((2, 3)).pow(1 / self.p)
 
-# %% ../nbs/03_models.ipynb #0017abcd
+# %% ../nbs/03_models.ipynb #0018abcd
 class Average(nn.Module):
     "Plain average pooling: B x C x H x W to B x C."
     def forward(self, x): return x.mean((2, 3))
 
 POOLING = {"gem": GeM, "avg": Average}
 
-# %% ../nbs/03_models.ipynb #0024abcd
+# %% ../nbs/03_models.ipynb #0025abcd
 class _Grouped:
     "Mix-in for batch norm: in training, every `group_size` consecutive images are normalised on their own."
     def __init__(self, num_features, *args, group_size=None, **kwargs):
@@ -82,21 +82,21 @@ class GroupedBatchNorm1d(_Grouped, nn.BatchNorm1d):
 class GroupedBatchNorm2d(_Grouped, nn.BatchNorm2d):
     "Batch norm over B x C x H x W in groups of `group_size` images; running statistics from the first group."
 
-# %% ../nbs/03_models.ipynb #0031abcd
+# %% ../nbs/03_models.ipynb #0032abcd
 class Features(NamedTuple):
     "What a model says about a table of images: rows are images, L2-normalised, float32."
     global_: np.ndarray                # N x D
     parts: np.ndarray | None = None    # N x P x D, top stripe first
     index: np.ndarray | None = None    # N row numbers in the sample table; None means all rows in order
 
-# %% ../nbs/03_models.ipynb #0032abcd
+# %% ../nbs/03_models.ipynb #0033abcd
 def stripes(height,  # rows of the feature map
             parts,   # number of stripes
             ):       # list of slices
     "Rows of each horizontal stripe: adaptive bins, which overlap by a row when `height` is not divisible."
     return [slice(i * height // parts, math.ceil((i + 1) * height / parts)) for i in range(parts)]
 
-# %% ../nbs/03_models.ipynb #0036abcd
+# %% ../nbs/03_models.ipynb #0037abcd
 class ReIDModel(nn.Module):
     "Backbone, pooling and BN neck; optionally part heads. Calling it gives (global B x D, parts B x P x D or None), not normalised."
     def __init__(self,
@@ -120,12 +120,12 @@ class ReIDModel(nn.Module):
         first, *rest = [neck(pool(r)) for neck, pool, r in zip(self.necks, self.pools, regions)]
         return first, torch.stack(rest, 1) if rest else None
 
-# %% ../nbs/03_models.ipynb #0041abcd
+# %% ../nbs/03_models.ipynb #0042abcd
 WEIGHTS = Path(__file__).parent / "weights" if "__file__" in globals() else Path("../reidbook/weights")
 IMAGENET = {"resnet18": "resnet18-f37072fd.pth", "resnet34": "resnet34-b627a593.pth",  # torchvision's IMAGENET1K_V1, as in the papers
             "resnet50": "resnet50-0676ba61.pth", "resnet101": "resnet101-63fe2227.pth"}
 
-# %% ../nbs/03_models.ipynb #0042abcd
+# %% ../nbs/03_models.ipynb #0043abcd
 def read_state(path):
     "The tensors in a checkpoint file (.safetensors, or a torch file read with `weights_only=True`), `module.` stripped."
     path = Path(path).expanduser()
@@ -137,7 +137,7 @@ def read_state(path):
     state = state.get("state_dict", state)
     return {k.removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
 
-# %% ../nbs/03_models.ipynb #0044abcd
+# %% ../nbs/03_models.ipynb #0045abcd
 def load_state(module,       # nn.Module to fill
                state,        # dict name -> tensor
                source="the file",  # named in the error
@@ -155,7 +155,7 @@ def load_state(module,       # nn.Module to fill
         raise ValueError(f"{source} does not fit this network (" + "; ".join(lines) + "). Nothing was loaded.")
     module.load_state_dict(have | state)
 
-# %% ../nbs/03_models.ipynb #0047abcd
+# %% ../nbs/03_models.ipynb #0048abcd
 def load_pretrained(model,     # ReIDModel
                     backbone,  # its name in BACKBONES
                     weights,   # "pretrained", "none" or a file with the backbone's tensors
@@ -176,7 +176,7 @@ def load_pretrained(model,     # ReIDModel
     load_state(model.backbone, state)
     return f"ImageNet weights {IMAGENET[backbone]}"
 
-# %% ../nbs/03_models.ipynb #0049abcd
+# %% ../nbs/03_models.ipynb #0050abcd
 def create_model(backbone="small", weights="pretrained", *, pooling="gem", parts=0, bn_group_size=None, seed=0):
     "A `ReIDModel` with its start: the model and the line that says where its weights come from. Same seed, same random layers."
     with torch.random.fork_rng(devices=[]):
@@ -184,12 +184,12 @@ def create_model(backbone="small", weights="pretrained", *, pooling="gem", parts
         model = ReIDModel(backbone, pooling, parts, bn_group_size)
     return model, load_pretrained(model, backbone, weights)
 
-# %% ../nbs/03_models.ipynb #0053abcd
+# %% ../nbs/03_models.ipynb #0054abcd
 def pick_device(device="auto"):
     "`auto` is the first GPU where there is one, else the CPU."
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
-# %% ../nbs/03_models.ipynb #0054abcd
+# %% ../nbs/03_models.ipynb #0055abcd
 @torch.inference_mode()
 def extract_features(model,           # gives (global, parts) for a batch, as ReIDModel
                      images,          # N x 3 x H x W uint8
