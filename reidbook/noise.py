@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import matplotlib.pyplot as plt
 
-# %% ../nbs/06_noise.ipynb #0022abcd
+# %% ../nbs/06_noise.ipynb #0024abcd
 def _ints(values, name: str) -> np.ndarray:
     "One int64 per image, from numpy, torch (any device) or a list."
     if hasattr(values, "detach"): values = values.detach().cpu().numpy()
@@ -25,7 +25,7 @@ def _ints(values, name: str) -> np.ndarray:
     if not whole: raise ValueError(f"{name} holds {values.dtype} values that are not whole numbers: give int64, -1 for an outlier")
     return values.astype(np.int64)
 
-# %% ../nbs/06_noise.ipynb #0023abcd
+# %% ../nbs/06_noise.ipynb #0025abcd
 class Contingency(NamedTuple):
     "The table of clusters x identities: only its cells that hold an image."
     cluster: np.ndarray     # E, row of each cell: index into `clusters`
@@ -35,13 +35,14 @@ class Contingency(NamedTuple):
     identities: np.ndarray  # P, the pid of each column
     cell: np.ndarray        # N, the cell of each image, -1 for an outlier
 
-# %% ../nbs/06_noise.ipynb #0024abcd
+# %% ../nbs/06_noise.ipynb #0026abcd
 def contingency(labels,  # N pseudo labels, -1 = outlier
                 pids,    # N true identities
                 ) -> Contingency:
     "Count the images of each (cluster, identity) pair; memory grows with the images, never with their square."
     labels, pids = _ints(labels, "labels"), _ints(pids, "pids")
-    if len(labels) != len(pids): raise ValueError(f"{len(labels)} labels but {len(pids)} identities: one of each per image, in the same order")
+    if len(labels) != len(pids):
+        raise ValueError(f"{len(labels)} labels but {len(pids)} identities: one of each per image, in the same order")
     kept = labels >= 0
     clusters, c = np.unique(labels[kept], return_inverse=True)
     identities, p = np.unique(pids[kept], return_inverse=True)
@@ -51,7 +52,7 @@ def contingency(labels,  # N pseudo labels, -1 = outlier
     cell[kept] = inverse
     return Contingency(code // width, code % width, count, clusters, identities, cell)
 
-# %% ../nbs/06_noise.ipynb #0027abcd
+# %% ../nbs/06_noise.ipynb #0029abcd
 @dataclass(frozen=True)
 class LabelQuality:
     "How well labels agree with the true identities, over the images that have a label."
@@ -74,15 +75,15 @@ class LabelQuality:
         rows = [("pairwise", self.pairwise_precision, self.pairwise_recall, self.pairwise_f),
                 ("BCubed", self.bcubed_precision, self.bcubed_recall, self.bcubed_f)]
         table = ["| | precision | recall | F |", "|---|--:|--:|--:|"] + [f"| {n} | {p:.3f} | {r:.3f} | {f:.3f} |" for n, p, r, f in rows]
-        return "\n".join(table) + (f"\n\nNMI {self.nmi:.3f}, ARI {self.ari:.3f}; {self.clusters} clusters for {self.identities} identities, "
-                                   f"{self.images} images labelled, {self.outliers} outliers")
+        return "\n".join(table) + (f"\n\nNMI {self.nmi:.3f}, ARI {self.ari:.3f}; {self.clusters} clusters for {self.identities} "
+                                   f"identities, {self.images} images labelled, {self.outliers} outliers")
 
-# %% ../nbs/06_noise.ipynb #0029abcd
+# %% ../nbs/06_noise.ipynb #0031abcd
 def _ratio(a, b) -> float: return float(a / b) if b else 0.0
 def _f(p, r) -> float: return _ratio(2 * p * r, p + r)
 def _entropy(count, n) -> float: return float(-(count / n * np.log(count / n)).sum())
 
-# %% ../nbs/06_noise.ipynb #0030abcd
+# %% ../nbs/06_noise.ipynb #0032abcd
 def label_quality(labels,  # N pseudo labels, numpy or torch; -1 = outlier, left out
                   pids,    # N true identities
                   ) -> LabelQuality:
@@ -103,17 +104,17 @@ def label_quality(labels,  # N pseudo labels, numpy or torch; -1 = outlier, left
         ari = float((both - chance) / (most - chance)) if most != chance else 1.0
     return LabelQuality(p, r, _f(p, r), bp, br, _f(bp, br), nmi, ari, len(t.clusters), len(t.identities), int((t.cell < 0).sum()), int(n))
 
-# %% ../nbs/06_noise.ipynb #0046abcd
+# %% ../nbs/06_noise.ipynb #0048abcd
 KINDS = ("right", "split", "camera split", "merged", "outlier")
 COLOURS = dict(zip(KINDS, ("#0072B2", "#E69F00", "#F0E442", "#D55E00", "#BBBBBB")))  # right blue, wrong in warm colours
 
-# %% ../nbs/06_noise.ipynb #0047abcd
+# %% ../nbs/06_noise.ipynb #0049abcd
 def _first_max(group, count) -> np.ndarray:
     "For each group 0..G-1 the index of its largest count, the first one on ties."
     order = np.lexsort((np.arange(len(group)), -count, group))
     return order[np.unique(group[order], return_index=True)[1]]
 
-# %% ../nbs/06_noise.ipynb #0051abcd
+# %% ../nbs/06_noise.ipynb #0053abcd
 def noise_kinds(labels,     # N pseudo labels, -1 = outlier
                 pids,       # N true identities
                 cams=None,  # N cameras; without them no camera split is told apart
@@ -125,7 +126,8 @@ def noise_kinds(labels,     # N pseudo labels, -1 = outlier
     of_cell = np.select([owned & at_home, owned], [0, 1], 3)
     if cams is not None:
         cams, pids = _ints(cams, "cams"), _ints(pids, "pids")
-        if len(cams) != len(t.cell): raise ValueError(f"{len(cams)} cameras but {len(t.cell)} labels: one of each per image, in the same order")
+        if len(cams) != len(t.cell):
+            raise ValueError(f"{len(cams)} cameras but {len(t.cell)} labels: one of each per image, in the same order")
         kept = t.cell >= 0
         seen = lambda group, n: np.bincount(np.unique(np.stack([group, cams[kept]]), axis=1)[0], minlength=n)
         one = seen(t.cell[kept], len(t.count)) == 1  # a cell of one camera
@@ -133,7 +135,7 @@ def noise_kinds(labels,     # N pseudo labels, -1 = outlier
         of_cell[(of_cell == 1) & one & (t.count > 1) & several[t.identity]] = 2
     return np.array(KINDS)[np.where(t.cell < 0, 4, of_cell[t.cell] if len(of_cell) else 4)]
 
-# %% ../nbs/06_noise.ipynb #0057abcd
+# %% ../nbs/06_noise.ipynb #0059abcd
 class NoiseTables(NamedTuple):
     "What `noise_table` found; `kinds` is shown when a cell ends with it."
     kinds: pd.DataFrame       # one row per kind of mistake: images, share
@@ -144,9 +146,10 @@ class NoiseTables(NamedTuple):
         rows = [f"| {k} | {int(r.images)} | {r.share:.1%} |" for k, r in self.kinds.iterrows()]
         c, p = self.clusters, self.identities
         return "\n".join(["| label is | images | share |", "|---|--:|--:|"] + rows) + (
-            f"\n\n{int(c.merged.sum())} of {len(c)} clusters mix people; {int((p.clusters > 1).sum())} of {len(p)} people are in several clusters")
+            f"\n\n{int(c.merged.sum())} of {len(c)} clusters mix people; "
+            f"{int((p.clusters > 1).sum())} of {len(p)} people are in several clusters")
 
-# %% ../nbs/06_noise.ipynb #0058abcd
+# %% ../nbs/06_noise.ipynb #0060abcd
 def _cluster_table(t, kinds, cams) -> pd.DataFrame:
     "One row per cluster."
     size, best = np.bincount(t.cluster, t.count).astype(int), _first_max(t.cluster, t.count)
@@ -161,7 +164,7 @@ def _cluster_table(t, kinds, cams) -> pd.DataFrame:
         table["camera_split"] = np.bincount(of, kinds[kept] == "camera split", minlength=len(size)) > 0
     return table.set_index("cluster")
 
-# %% ../nbs/06_noise.ipynb #0059abcd
+# %% ../nbs/06_noise.ipynb #0061abcd
 def _identity_table(t, pids, kinds) -> pd.DataFrame:
     "One row per true identity, those that are all outliers included."
     names, of = np.unique(pids, return_inverse=True)
@@ -174,7 +177,7 @@ def _identity_table(t, pids, kinds) -> pd.DataFrame:
     table.loc[at, "recall"] = t.count[best] / np.bincount(of)[at]
     return table.set_index("identity")
 
-# %% ../nbs/06_noise.ipynb #0060abcd
+# %% ../nbs/06_noise.ipynb #0062abcd
 def noise_table(labels,     # N pseudo labels, -1 = outlier
                 pids,       # N true identities
                 cams=None,  # N cameras, optional
@@ -185,7 +188,7 @@ def noise_table(labels,     # N pseudo labels, -1 = outlier
     shares = pd.DataFrame({"label is": KINDS, "images": count, "share": count / max(len(kinds), 1)}).set_index("label is")
     return NoiseTables(shares, _cluster_table(t, kinds, cams), _identity_table(t, _ints(pids, "pids"), kinds))
 
-# %% ../nbs/06_noise.ipynb #0068abcd
+# %% ../nbs/06_noise.ipynb #0070abcd
 def plot_kinds(labels,     # N labels, or a dict name -> labels to compare
                pids,       # N true identities
                cams=None,  # N cameras, optional
@@ -205,7 +208,7 @@ def plot_kinds(labels,     # N labels, or a dict name -> labels to compare
     ax.legend(ncols=5, loc="lower left", bbox_to_anchor=(0, 1), fontsize="small", handlelength=1, columnspacing=1)
     return ax
 
-# %% ../nbs/06_noise.ipynb #0069abcd
+# %% ../nbs/06_noise.ipynb #0071abcd
 def plot_composition(labels,    # N labels
                      pids,      # N true identities
                      top=40,    # the largest clusters are drawn, this many
@@ -226,7 +229,7 @@ def plot_composition(labels,    # N labels
     ax.grid(axis="x", visible=False)
     return ax
 
-# %% ../nbs/06_noise.ipynb #0070abcd
+# %% ../nbs/06_noise.ipynb #0072abcd
 def plot_noise(labels,     # N labels
                pids,       # N true identities
                cams=None,  # N cameras, optional
@@ -238,7 +241,7 @@ def plot_noise(labels,     # N labels
     plot_composition(labels, pids, top, ax=below)
     return fig
 
-# %% ../nbs/06_noise.ipynb #0073abcd
+# %% ../nbs/06_noise.ipynb #0075abcd
 def plot_contingency(labels,    # N labels
                      pids,      # N true identities
                      ax=None):
@@ -256,18 +259,19 @@ def plot_contingency(labels,    # N labels
     ax.legend(loc="upper right")
     return ax
 
-# %% ../nbs/06_noise.ipynb #0076abcd
+# %% ../nbs/06_noise.ipynb #0078abcd
 def noise_record(labels, pids, cams=None) -> dict:
     "`label_quality` and the share of each kind (`share_right`, ...) as one flat dict, to be kept per epoch."
     shares = noise_table(labels, pids, cams).kinds.share
     return {**label_quality(labels, pids).as_dict(), **{"share_" + k.replace(" ", "_"): float(s) for k, s in shares.items()}}
 
-# %% ../nbs/06_noise.ipynb #0077abcd
+# %% ../nbs/06_noise.ipynb #0079abcd
 def plot_clusters_over_epochs(records):  # list of dicts (or a DataFrame), one per epoch: epoch, clusters, outliers, pairwise_precision, ...
     "Clusters, label precision and recall, and kinds of noise, epoch by epoch. Returns the figure."
     table = pd.DataFrame(records)
     if "epoch" not in table or "clusters" not in table:
-        raise ValueError(f"records with {sorted(table.columns)}: each needs `epoch` and `clusters`, as noise_record and a run's metrics.jsonl have them")
+        raise ValueError(f"records with {sorted(table.columns)}: each needs `epoch` and `clusters`, "
+                         "as noise_record and a run's metrics.jsonl have them")
     table = table.dropna(subset=["clusters"]).set_index("epoch")
     shares = [k for k in KINDS if "share_" + k.replace(" ", "_") in table]
     curves = [k for k in ("pairwise_precision", "pairwise_recall", "bcubed_f", "nmi") if k in table]
@@ -280,7 +284,7 @@ def plot_clusters_over_epochs(records):  # list of dicts (or a DataFrame), one p
         ax.legend(fontsize="small", **({"frameon": True, "loc": "lower right"} if panel is _panel_kinds else {}))
     return fig
 
-# %% ../nbs/06_noise.ipynb #0078abcd
+# %% ../nbs/06_noise.ipynb #0080abcd
 def _panel_clusters(ax, table, _):
     "Clusters, people and outliers per epoch."
     ax.plot(table.index, table.clusters, "o-", ms=3, label="clusters")
@@ -298,7 +302,7 @@ def _panel_kinds(ax, table, kinds):
     ax.stackplot(table.index, [table["share_" + k.replace(" ", "_")] for k in kinds], labels=kinds, colors=[COLOURS[k] for k in kinds])
     ax.set(title="wrong in which way", ylim=(0, 1), xlim=(table.index.min(), max(table.index.max(), table.index.min() + 1e-6)))
 
-# %% ../nbs/06_noise.ipynb #0091abcd
+# %% ../nbs/06_noise.ipynb #0093abcd
 def show_cluster(paths,      # N image files
                  labels, pids,
                  cluster,    # the label to look at
@@ -318,7 +322,7 @@ def show_cluster(paths,      # N image files
     titles = [f"id {pids[i]}" + ("" if cams is None else f", cam {cams[i]}") for i in rows]
     return show_images([paths[i] for i in rows], titles, frames=[COLOURS["right" if pids[i] == owner else "merged"] for i in rows])
 
-# %% ../nbs/06_noise.ipynb #0092abcd
+# %% ../nbs/06_noise.ipynb #0094abcd
 def show_identity(paths,    # N image files
                   labels, pids,
                   pid,      # the person to look at
@@ -333,7 +337,7 @@ def show_identity(paths,    # N image files
     titles = [("out" if labels[i] < 0 else f"cl {labels[i]}") + ("" if cams is None else f", cam {cams[i]}") for i in rows]
     return show_images([paths[i] for i in rows], titles, frames=[COLOURS[kinds[i]] for i in rows])
 
-# %% ../nbs/06_noise.ipynb #0110abcd
+# %% ../nbs/06_noise.ipynb #0114abcd
 def plot_map(xy,      # N x 2, a projection made elsewhere
              labels, pids):
     "The same points coloured by person and by cluster; outliers grey. Returns the figure."
