@@ -118,7 +118,7 @@ def _similarity_blocks(q, g, device, room=None):
     half = np.einsum("nd,nd->n", g, g) / 2
     offset = None if np.ptp(half) < 1e-3 else torch.from_numpy(half).to(device)
     compiled = on_cpu and neighbors.numba is not None
-    room = room or (48e6 if compiled else 16e6 if on_cpu else 1e9)         # bytes of similarities at a time
+    room = room or (128e6 if compiled else 16e6 if on_cpu else 1e9)         # bytes of similarities at a time
     size = int(np.clip(room // (4 * len(g)), 16, 4096)) // 16 * 16
     tq, tg = torch.from_numpy(q).to(device), torch.from_numpy(g).to(device)
     buffer = torch.empty(size * len(g), device=device)

@@ -421,7 +421,7 @@ def _meet(indptr, indices, values, col_ptr, col_rows, col_values, least, lo, hi)
     cols, sims, count, used = np.empty((hi - lo) * 32, np.int32), np.empty((hi - lo) * 32, np.float32), np.zeros(hi - lo, np.int32), 0
     for i in range(lo, hi):
         start, hits, mass, h = used, 0, 0.0, indptr[i]
-        while h < indptr[i + 1] and mass + values[h] < need:           # longest lists that together cannot make a pair
+        while h < indptr[i + 1] and mass + values[h] < need / 2:       # longest lists, together at most half of a pair
             mass += values[h]
             hub[indices[h]] = values[h]
             h += 1
