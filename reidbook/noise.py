@@ -337,7 +337,7 @@ def show_identity(paths,    # N image files
     titles = [("out" if labels[i] < 0 else f"cl {labels[i]}") + ("" if cams is None else f", cam {cams[i]}") for i in rows]
     return show_images([paths[i] for i in rows], titles, frames=[COLOURS[kinds[i]] for i in rows])
 
-# %% ../nbs/06_noise.ipynb #0114abcd
+# %% ../nbs/06_noise.ipynb #0113abcd
 def plot_map(xy,      # N x 2, a projection made elsewhere
              labels, pids):
     "The same points coloured by person and by cluster; outliers grey. Returns the figure."
