@@ -545,8 +545,9 @@ def check_cells(cells) -> list:
         imports = [l for l in lines if re.match(r"(?:import|from)\s", l)]
         if cell.cell_type == "code":
             problems += [f"cell {n} ended with {o.ename}: {o.evalue[:80]}" for o in cell.outputs if o.output_type == "error"]
-            if imports and any(re.match(r"[A-Za-z_]", l) and l not in imports for l in lines): problems.append(f"cell {n} mixes imports with other code")
-            exported |= bool(re.match(r"(?:#\|.*\n)*#\|\s*export\b", cell.source) and re.search(r"^(?:def|class) [a-zA-Z]", cell.source, re.M))
+            marked = bool(re.match(r"(?:#\|.*\n)*#\|\s*export\b", cell.source))
+            if imports and not marked and any(re.match(r"[A-Za-z_]", l) and l not in imports for l in lines): problems.append(f"cell {n} mixes imports with other code")
+            exported |= marked and bool(re.search(r"^(?:def|class) [a-zA-Z]", cell.source, re.M))
         elif exported and re.search(r"^```\{?mermaid", cell.source, re.M): problems.append(f"cell {n}: a diagram after the first exported function is not drawn")
     return problems
 

@@ -1,17 +1,20 @@
 "The site of this checkout builds and holds together; toys cover what a checkout in order never shows."
 import json
+import os
 import re
 import shutil
 import stat
+import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
 
-from reidbook.site import (build_site, check_notebook, check_site, check_sources, directives, expand, finished_runs, front_matter, heading_id,
-                           link_symbols, linkable, markdown_html, process, read_bib, stage, symbols, untex)
+from reidbook.site import (SCRIPT, build_site, check_cells, check_notebook, check_page, check_site, check_sources, finished_runs, front_matter, heading_id,
+                           markdown_html, options, prepare, present, read_bib, read_config, readme_text, reading_order, render_plain, untex)
 
 ROOT = Path(__file__).parents[1]
 RUN = dict(title="baseline on synthetic-tiny", description="A run", dataset="synthetic-tiny", method="baseline", seed=1, mAP=41.25, rank1=60.0, minutes=1.5)
@@ -22,126 +25,205 @@ def write_run(nbs, name, status="done", **front):
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({"status": status, "metrics": {"mAP": 0.4}}))
     (folder / "metrics.jsonl").write_text('{"epoch": 0}\n')
+    (folder / "checkpoint.pt").write_bytes(b"0" * 100)
     head = nbformat.v4.new_raw_cell("---\n" + yaml.safe_dump(front) + "---")
-    nbformat.write(nbformat.v4.new_notebook(cells=[head, nbformat.v4.new_markdown_cell("## Result")]), folder / "run.ipynb")
+    picture = nbformat.v4.new_output("display_data", {"image/png": "aGk="})
+    cells = [head, nbformat.v4.new_markdown_cell("## Result"), nbformat.v4.new_code_cell("plot()", outputs=[picture])]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "run.ipynb")
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    "A copy of this checkout's pages with three runs: two finished, one still running."
-    root = tmp_path_factory.mktemp("checkout")
-    shutil.copytree(ROOT / "nbs", root / "nbs", ignore=shutil.ignore_patterns("runs", ".ipynb_checkpoints"))
+def copy_checkout(root, nbs=ROOT / "nbs"):
+    shutil.copytree(nbs, root / "nbs", ignore=shutil.ignore_patterns("runs", ".ipynb_checkpoints", "*.tmp"))
+    shutil.copytree(ROOT / "reidbook", root / "reidbook", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("_quarto.yml", "settings.ini"): shutil.copy2(ROOT / name, root)
-    write_run(root / "nbs", "one", **RUN)
-    write_run(root / "nbs", "two", **{**RUN, "seed": 2, "mAP": 39.5, "title": "second seed"})
-    write_run(root / "nbs", "half", status="running", **RUN)
     return root
 
 
-@pytest.fixture(scope="module")
-def site(checkout):
-    return build_site(checkout / "out" / "site", quarto=False, root=checkout)
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    "One build of a copy of this checkout with three runs, two finished and one still running: (checkout, site)."
+    root = copy_checkout(tmp_path_factory.mktemp("checkout"))
+    write_run(root / "nbs", "one", **RUN)
+    write_run(root / "nbs", "two", **{**RUN, "seed": 2, "mAP": 39.5, "title": "second seed"})
+    write_run(root / "nbs", "half", status="running", **RUN)
+    (root / "nbs" / "runs" / "torn").mkdir()
+    (root / "nbs" / "runs" / "torn" / "run.ipynb").write_text('{"cells": [')
+    return root, build_site(root / "out" / "site", quarto=False, root=root)
+
+
+@pytest.fixture
+def small(tmp_path):
+    "A checkout of three small pages and one run: processed in seconds."
+    root = tmp_path / "small"
+    (root / "nbs").mkdir(parents=True)
+    for name in ("styles.css", "plain.css", "plain.js", "references.bib", "results.qmd"): shutil.copy2(ROOT / "nbs" / name, root / "nbs")
+    shutil.copy2(ROOT / "settings.ini", root)
+    shutil.copy2(ROOT / "_quarto.yml", root)
+    for page in ("index", "07_memory"):
+        cells = [nbformat.v4.new_markdown_cell(f"# {page}\n\n> A page\n\nWords."), nbformat.v4.new_code_cell("#| hide\nsecret = 1")]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), root / "nbs" / f"{page}.ipynb")
+    write_run(root / "nbs", "one", **RUN)
+    write_run(root / "nbs", "half", status="running", **RUN)
+    return root
 
 
 def test_sources_of_this_checkout():
     assert check_sources(ROOT) == []
 
 
-def test_site_of_this_checkout(site, checkout):
-    assert check_site(site, checkout) == []
+def test_site_of_this_checkout(built):
+    root, site = built
+    assert check_site(site, root) == []
 
 
-def test_listing_and_run_pages(site):
+def test_configuration_works_as_it_is_in_proc(built):
+    config, proc = yaml.safe_load((ROOT / "_quarto.yml").read_text()), built[0] / "_proc"
+    named = [f for _, f in reading_order(config["website"]["sidebar"]["contents"])] + [config["bibliography"], config["format"]["html"]["css"]]
+    assert [f for f in named if not (proc / f).is_file()] == []
+    assert config["format"]["html"]["html-math-method"] == "mathml" and config["execute"] == {"enabled": False}
+    assert "runs/*/run.ipynb" in config["project"]["render"] and config["project"]["output-dir"] == "_docs"
+    about = ConfigParser(interpolation=None, delimiters=["="])
+    about.read(ROOT / "settings.ini")
+    assert about["DEFAULT"]["title"] == config["website"]["title"] and about["DEFAULT"]["custom_quarto_yml"] == "True"
+
+
+def test_processed_pages(built):
+    proc = built[0] / "_proc"
+    for path in proc.rglob("*.ipynb"):
+        nb = nbformat.read(path, 4)
+        nbformat.validate(nb)
+        assert front_matter(nb.cells)[0].get("title"), path.name
+        assert not [c.source for c in nb.cells if re.match(r"#\|\s*(export|hide|default_exp)\b", c.source)], path.name
+    memory = [c.source for c in nbformat.read(proc / "07_memory.ipynb", 4).cells]
+    at = next(n for n, s in enumerate(memory) if s.endswith("show_doc(ClusterMemory)"))
+    assert "class ClusterMemory" in memory[at + 1]  # the code stays, under its documentation
+
+
+def test_listing_and_run_pages(built):
+    root, site = built
     results = (site / "results.html").read_text()
     assert results.index("baseline on synthetic-tiny") < results.index("second seed")  # sorted by dataset, method, seed
     assert "41.25" in results and "runs/one/run.html" in results and "half" not in results
     page = (site / "runs" / "one" / "run.html").read_text()
     assert '<dl class="facts">' in page and "../../styles.css" in page and (site / "runs" / "one" / "metrics.jsonl").exists()
-    assert not (site / "runs" / "half").exists()
+    assert not list(site.rglob("*.pt")) and not list((root / "_proc").rglob("*.pt"))
+    for name in ("half", "torn"): assert not (site / "runs" / name).exists() and not (root / "_proc" / "runs" / name).exists()
 
 
-def test_plain_build_says_so_and_needs_no_network(site):
-    for page in site.rglob("*.html"):
+def test_plain_build_says_so_and_needs_no_network(built):
+    for page in built[1].rglob("*.html"):
         text = page.read_text()
         assert "Quarto was not found" in text
         assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=[\"']https?:", text), page.name
 
 
-def test_previous_and_next_follow_the_sidebar(site, checkout):
-    staged_order = re.findall(r'<a href="([^"]+)"', re.search(r'<nav class="book".*?</nav>', (site / "index.html").read_text(), re.S)[0])
+def test_previous_and_next_follow_the_sidebar(built):
+    site = built[1]
+    order = re.findall(r'<a href="([^"]+)"', re.search(r'<nav class="book".*?</nav>', (site / "index.html").read_text(), re.S)[0])
     here, seen = "index.html", ["index.html"]
     while m := re.search(r'<a href="([^"]+)">[^<]* →</a>', (site / here).read_text()):
         here = m[1]
         seen.append(here)
-    assert seen == staged_order
+    assert seen == order
 
 
-def test_a_deleted_chapter_is_left_out_by_name(checkout, tmp_path, capsys):
-    root = tmp_path / "book"
-    shutil.copytree(checkout, root, ignore=shutil.ignore_patterns("out"))
-    (root / "nbs" / "10_methods.baseline.ipynb").unlink()
-    for name in ("06_noise.ipynb", "index.ipynb"): (root / "nbs" / name).unlink(missing_ok=True)
-    out = build_site(root / "site", quarto=False, root=root)
-    assert "06_noise.ipynb is in _quarto.yml but not in nbs" in capsys.readouterr().out
-    assert (out / "index.html").exists() and not (out / "06_noise.html").exists()
-    assert "06_noise" not in re.search(r'<nav class="book".*?</nav>', (out / "01_data.html").read_text(), re.S)[0]
+def test_readme_is_fresh(built):
+    assert (ROOT / "README.md").read_text() == readme_text(built[0] / "_proc"), "README.md is stale: python -c 'from reidbook.site import make_readme; make_readme()'"
+
+
+def test_readme_links():
+    text = (ROOT / "README.md").read_text()
+    files = [a.partition("#")[0] for a in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in a]
+    assert files and [f for f in files if f and not (ROOT / f).exists()] == []
+    assert "{fig-alt" not in text and "<!--" not in text and not text.startswith("---")
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("</main>", '<a href="gone.html">x</a></main>', "link gone.html leads nowhere"),
+    ("</main>", '<a href="memory.html#nowhere">x</a></main>', "no such anchor"),
+    ("</main>", '<img src="gone.png" alt="x"></main>', "link gone.png leads nowhere"),
+    ("</main>", "<p>[@nobody2020]</p></main>", "citation [@nobody2020] is not resolved"),
+])
+def test_injected_problems_are_found(built, old, new, message):
+    page = built[1] / "index.html"
+    text = page.read_text()
+    try:
+        page.write_text(text.replace(old, new, 1))
+        assert [p for p in check_page(page, built[1]) if message in p]
+    finally: page.write_text(text)
+
+
+def test_a_run_without_front_matter_is_left_out_and_a_lost_page_is_found(built):
+    root, site = built
+    write_run(root / "nbs", "bare", title="a run")
+    try: assert ("bare", "its front matter lacks dataset, method, seed, mAP") in finished_runs(root / "nbs")[1]
+    finally: shutil.rmtree(root / "nbs" / "runs" / "bare")
+    write_run(root / "nbs", "late", **RUN)
+    try: assert "runs/late/run.ipynb: not in the site" in check_site(site, root)
+    finally: shutil.rmtree(root / "nbs" / "runs" / "late")
+
+
+def test_a_deleted_chapter_is_left_out_by_name(small):
+    (small / "nbs" / "index.ipynb").unlink()
+    proc, config, notes = prepare(small)
+    assert "index.ipynb is in _quarto.yml but not in nbs: left out" in notes and "run half left out: its status is 'running'" in notes
+    assert [f for _, f in reading_order(config["website"]["sidebar"]["contents"])] == ["index.qmd", "07_memory.ipynb", "results.qmd"]
+    out = render_plain(proc, config)
+    assert "memory.html" in (out / "index.html").read_text() and "secret" not in (out / "memory.html").read_text()
 
 
 def fake_quarto(folder, body):
+    folder.mkdir(exist_ok=True)
     program = folder / "quarto"
     program.write_text(f"#!{sys.executable}\nimport sys, yaml, pathlib\n{body}")
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
     return program
 
 
-def test_quarto_gets_a_complete_project(checkout, tmp_path):
+def test_quarto_on_the_path_renders_proc(small, tmp_path, monkeypatch):
     body = """
 config = yaml.safe_load(open("_quarto.yml"))
-assert sys.argv[1] == "render" and config["project"]["type"] == "website"
-for name in config["project"]["render"] + [config["bibliography"], config["format"]["html"]["css"]]: assert pathlib.Path(name).is_file(), name
-assert "listing" in open("results.qmd").read() and "runs/one/run.ipynb" in config["project"]["render"]
+assert sys.argv[1:] == ["render"] and pathlib.Path.cwd().name == "_proc" and config["project"]["type"] == "website"
+for name in ("index.ipynb", "results.qmd", "runs/one/run.ipynb", config["bibliography"], config["format"]["html"]["css"]): assert pathlib.Path(name).is_file(), name
+assert not pathlib.Path("runs/half").exists() and "00_tour" not in open("_quarto.yml").read()
 out = pathlib.Path(config["project"]["output-dir"]); out.mkdir()
 (out / "index.html").write_text("made by quarto")
 """
-    out = build_site(tmp_path / "site", quarto=fake_quarto(tmp_path, body), root=checkout)
-    assert (out / "index.html").read_text() == "made by quarto"
+    monkeypatch.setenv("PATH", f"{fake_quarto(tmp_path / 'bin', body).parent}{os.pathsep}{os.environ['PATH']}")
+    out = build_site(root=small)
+    assert out == small / "_docs" and (out / "index.html").read_text() == "made by quarto"
 
 
-def test_a_failing_build_leaves_the_old_site(checkout, tmp_path):
+def test_a_failing_build_leaves_the_old_site(small, tmp_path):
     out = tmp_path / "site"
     out.mkdir()
     (out / "index.html").write_text("old")
     with pytest.raises(ValueError, match="(?s)exit code 3.*no such theme"):
-        build_site(out, quarto=fake_quarto(tmp_path, "print('no such theme'); sys.exit(3)"), root=checkout)
+        build_site(out, quarto=fake_quarto(tmp_path / "bin", "print('no such theme'); sys.exit(3)"), root=small)
     assert (out / "index.html").read_text() == "old"
 
 
-def test_a_folder_that_is_no_site_is_not_replaced(checkout, tmp_path):
+def test_a_notebook_that_nbdev_cannot_process_is_named(small):
+    cells = [nbformat.v4.new_markdown_cell("# Bad\n\n> page"), nbformat.v4.new_code_cell("#| export\ndef f(): return 1"), nbformat.v4.new_code_cell("import os\nlater.x")]
+    assert check_cells(cells) == ["cell 2 mixes imports with other code"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), small / "nbs" / "07_memory.ipynb")
+    with pytest.raises(ValueError, match="(?s)imports must stand in cells of their own.*notebook: Bad in cell"): build_site(root=small, quarto=False)
+
+
+def test_without_nbdev_one_line_says_what_to_install(small):
+    code = "import sys; sys.modules['nbdev'] = None; import reidbook.site as s; s.importlib.util.find_spec = lambda name: None; s.build_site(root=sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, small], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode and done.stderr.strip().endswith("ValueError: the site needs nbdev: pip install 'reidbook[site]'")
+
+
+def test_a_folder_that_is_no_site_is_not_replaced(small, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="does not look like a site"): build_site(tmp_path, quarto=False, root=checkout)
+    with pytest.raises(ValueError, match="does not look like a site"): build_site(tmp_path, quarto=False, root=small)
     assert (tmp_path / "thesis.tex").exists()
 
 
 def test_no_checkout(tmp_path):
     with pytest.raises(FileNotFoundError, match="_quarto.yml"): build_site(root=tmp_path)
-
-
-def test_staged_cells(tmp_path):
-    new = nbformat.v4
-    picture = new.new_output("display_data", {"image/png": "aGk="})
-    cells = [new.new_markdown_cell("# T\n\n> sub"), new.new_code_cell("#| default_exp x"), new.new_code_cell("#| hide\n1"),
-             new.new_code_cell("#| export\ndef a_b(): pass"), new.new_code_cell("plot()", outputs=[picture]), new.new_markdown_cell("A *rising* curve. More.")]
-    out = process(new.new_notebook(cells=cells), "t.ipynb")
-    nbformat.validate(out)
-    assert [c.source for c in out.cells[1:]] == ["[]{#sym-a_b}", "#| classes: exported\ndef a_b(): pass", '#| fig-alt: "A rising curve."\nplot()', "A *rising* curve. More."]
-    assert front_matter(out.cells)[0] == {"title": "T", "description": "sub"}
-
-
-def test_symbols_link_only_where_unmistakable():
-    found = symbols(ROOT / "nbs")
-    known = linkable(found)
-    assert known["label_quality"].page == "06_noise.ipynb" and "knn" not in known and "neighbors.knn" in known
-    assert link_symbols("```\n`label_quality`\n```", known) == "```\n`label_quality`\n```"
 
 
 @pytest.mark.parametrize("text, inside, outside", [
@@ -163,12 +245,9 @@ def test_bibliography_is_complete():
 
 
 def test_small_parts(tmp_path):
-    assert directives("#| eval: false\nx")[0] == {"eval": False}
+    assert options("#| eval: false\nx") == ({"eval": False}, "x")
     assert heading_id("Why, then?", {"why-then"}) == "why-then-1"
-    assert expand([{"section": "A", "contents": ["no.ipynb"]}], tmp_path) == ([], ["no.ipynb"])
+    assert present([{"section": "A", "contents": ["no.ipynb"]}], tmp_path) == ([], ["no.ipynb"])
     (tmp_path / "broken.ipynb").write_text("{")
     assert "not a valid notebook" in check_notebook(tmp_path / "broken.ipynb", tmp_path, set())[0]
-    (tmp_path / "runs" / "x").mkdir(parents=True)
-    (tmp_path / "runs" / "x" / "manifest.json").write_text("{")
-    good, left_out = finished_runs(tmp_path)
-    assert not good and left_out[0][0] == "x"
+    assert '__name__ == "__main__"' in SCRIPT and "n_workers=0" in SCRIPT and read_config(ROOT)["project"]["type"] == "website"
