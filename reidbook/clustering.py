@@ -7,7 +7,6 @@ __all__ = ['tie', 'min_similarity', 'as_graph', 'dbscan', 'agglomerative', 'info
 
 # %% ../nbs/05_clustering.ipynb #0002abcd
 import heapq
-import os
 
 import numpy as np
 import scipy.sparse as sp
@@ -16,14 +15,14 @@ from scipy.sparse.csgraph import connected_components
 
 from .neighbors import knn
 
-# %% ../nbs/05_clustering.ipynb #0017abcd
+# %% ../nbs/05_clustering.ipynb #0018abcd
 tie = 1e-5                                                   # two images are close when their distance is <= eps + tie
 
 def min_similarity(eps: float) -> float:
     "The smallest similarity that DBSCAN at this eps can still use: what `jaccard_similarity` may leave out is below it."
     return max(0.0, 1 - eps - tie - 1e-6)                    # 1e-6: room for float32
 
-# %% ../nbs/05_clustering.ipynb #0018abcd
+# %% ../nbs/05_clustering.ipynb #0019abcd
 def as_graph(
     similarity,                                              # N x N: scipy sparse, numpy or torch; absent = 0
 ) -> sp.csr_matrix:
@@ -34,13 +33,13 @@ def as_graph(
         raise ValueError(f"similarity: found shape {graph.shape}, expected N x N; pass the result of jaccard_similarity.")
     return graph
 
-# %% ../nbs/05_clustering.ipynb #0020abcd
+# %% ../nbs/05_clustering.ipynb #0021abcd
 def _renumber(labels):
     "Labels 0, 1, 2, ... in order of first appearance."
     _, first, kind = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[kind.ravel()]
 
-# %% ../nbs/05_clustering.ipynb #0021abcd
+# %% ../nbs/05_clustering.ipynb #0022abcd
 def dbscan(
     similarity,                                              # N x N similarity = 1 - distance, sparse (absent = 0) or dense
     eps: float,                                              # distance up to which two images are close
@@ -64,7 +63,7 @@ def dbscan(
     np.minimum.at(best, row[border], labels[col[border]])
     return np.where(best < n, best, labels)
 
-# %% ../nbs/05_clustering.ipynb #0044abcd
+# %% ../nbs/05_clustering.ipynb #0045abcd
 def _free_memory() -> float:
     "Bytes this machine can still give; infinity where the system does not say."
     try:
@@ -73,7 +72,7 @@ def _free_memory() -> float:
     except (OSError, StopIteration):
         return float("inf")
 
-# %% ../nbs/05_clustering.ipynb #0046abcd
+# %% ../nbs/05_clustering.ipynb #0047abcd
 def _cut(merges, n, n_clusters):
     "Undo the last n_clusters - 1 merges of a linkage; clusters numbered as scikit-learn does."
     nodes = [-(2 * n - 2)]
@@ -90,7 +89,7 @@ def _cut(merges, n, n_clusters):
             else: todo.extend(merges[m - n])
     return labels
 
-# %% ../nbs/05_clustering.ipynb #0047abcd
+# %% ../nbs/05_clustering.ipynb #0048abcd
 def agglomerative(
     similarity,                                              # N x N, sparse (absent = 0) or dense
     n_clusters: int,
@@ -111,7 +110,7 @@ def agglomerative(
     pairs[n * i - i * (i + 1) // 2 + j - i - 1] = 1 - upper.data.astype(np.float64)
     return _cut(linkage(np.maximum(pairs, 0, out=pairs), "average")[:, :2].astype(np.int64), n, n_clusters)
 
-# %% ../nbs/05_clustering.ipynb #0051abcd
+# %% ../nbs/05_clustering.ipynb #0052abcd
 def infomap_links(
     similarities,                                            # N x k of `knn`
     indices,                                                 # N x k
@@ -123,7 +122,7 @@ def infomap_links(
     keep = (weight >= min_similarity) & (row != col)
     return row[keep], col[keep], weight[keep]
 
-# %% ../nbs/05_clustering.ipynb #0053abcd
+# %% ../nbs/05_clustering.ipynb #0054abcd
 def infomap(
     features,                                                # N x D, rows of unit length
     k: int = 15,                                             # neighbours per image, itself counted

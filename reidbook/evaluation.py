@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from . import neighbors
 from .neighbors import as_matrix, compiled, full_precision, in_threads, products
 
-# %% ../nbs/08_evaluation.ipynb #0023abcd
+# %% ../nbs/08_evaluation.ipynb #0024abcd
 @compiled
 def _count(s, ptr, values, found, lo, hi):
     "found[p] = how many entries of its row are >= values[p]; values ascend within a row."
@@ -41,7 +41,7 @@ def _count(s, ptr, values, found, lo, hi):
                     found[a] += 1
             for p in range(end - 2, begin - 1, -1): found[p] += found[p + 1]
 
-# %% ../nbs/08_evaluation.ipynb #0027abcd
+# %% ../nbs/08_evaluation.ipynb #0028abcd
 def _count_torch(s, ptr, values):
     "The same with torch on any device: binary search among the sorted positives of the row, then running sums."
     width = int(np.diff(ptr).max(initial=0))
@@ -56,7 +56,7 @@ def _count_torch(s, ptr, values):
     at_least = hits.flip(1).cumsum(1).flip(1)[:, 1:].cpu().numpy()
     return at_least[row, at]
 
-# %% ../nbs/08_evaluation.ipynb #0030abcd
+# %% ../nbs/08_evaluation.ipynb #0031abcd
 def _ids(values, n, name):
     "Identities or cameras as an int64 vector of length n."
     values = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
@@ -79,7 +79,7 @@ class _Pairs:
         junk = np.zeros(len(row), bool) if self.q_cams is None else self.q_cams[rows][row] == self.g_cams[col]
         return row, col, junk
 
-# %% ../nbs/08_evaluation.ipynb #0033abcd
+# %% ../nbs/08_evaluation.ipynb #0034abcd
 def _block_scores(s, pairs, rows):
     "AP, 0-based rank of the first hit and INP for one block of similarities (changed in place: junk becomes -inf)."
     row, col, junk = pairs.block(rows)
@@ -110,7 +110,7 @@ def _block_scores(s, pairs, rows):
     first[ok], inp[ok] = (above - hits)[best], count[ok] / above[ptr[:-1][ok]]
     return ap, first, inp
 
-# %% ../nbs/08_evaluation.ipynb #0035abcd
+# %% ../nbs/08_evaluation.ipynb #0036abcd
 def _similarity_blocks(q, g, device, room=None):
     "(rows, similarities) for blocks of queries: inner product, or -d²/2 up to a constant per query where lengths differ."
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,7 +129,7 @@ def _similarity_blocks(q, g, device, room=None):
         if offset is not None: out -= offset
         yield rows, out.numpy() if compiled else out
 
-# %% ../nbs/08_evaluation.ipynb #0037abcd
+# %% ../nbs/08_evaluation.ipynb #0038abcd
 @dataclass(repr=False)
 class Evaluation:
     "What a retrieval scored; `ap` has one entry per query, NaN where no correct image was left to find."
@@ -156,7 +156,7 @@ class Evaluation:
         return ("| mAP | rank-1 | rank-5 | rank-10 | mINP | queries |\n|--:|--:|--:|--:|--:|--:|\n| "
                 + " | ".join(f"{100 * v:.1f}" for v in values) + f" | {self.valid.sum()} of {len(self.ap)} |")
 
-# %% ../nbs/08_evaluation.ipynb #0038abcd
+# %% ../nbs/08_evaluation.ipynb #0039abcd
 def _gather(blocks, q, g, q_pids, g_pids, q_cams, g_cams, top, slow):
     "Scores of all queries from (rows, similarities) blocks."
     if (q_cams is None) != (g_cams is None): raise ValueError("q_cams, g_cams: give both or neither; without cameras nothing is ignored.")
@@ -174,7 +174,7 @@ def _gather(blocks, q, g, q_pids, g_pids, q_cams, g_cams, top, slow):
     cmc = np.cumsum(np.bincount(np.minimum(first[ok], top), minlength=top + 1)[:top]) / ok.sum()
     return Evaluation(float(ap[ok].mean()), cmc, float(inp[ok].mean()), ap)
 
-# %% ../nbs/08_evaluation.ipynb #0039abcd
+# %% ../nbs/08_evaluation.ipynb #0040abcd
 def evaluate(
     query,                                                   # Q x D features, numpy or torch
     gallery,                                                 # G x D
@@ -193,7 +193,7 @@ def evaluate(
     slow = len(q) * len(g) * q.shape[1] > 5e11
     return _gather(_similarity_blocks(q, g, device), len(q), len(g), q_pids, g_pids, q_cams, g_cams, top, slow)
 
-# %% ../nbs/08_evaluation.ipynb #0055abcd
+# %% ../nbs/08_evaluation.ipynb #0056abcd
 def evaluate_distances(
     distances,                                               # Q x G, smaller = nearer, e.g. from `re_rank`
     q_pids, g_pids, q_cams=None, g_cams=None,
@@ -207,7 +207,7 @@ def evaluate_distances(
     if neighbors.numba is None: blocks = ((rows, torch.from_numpy(s)) for rows, s in blocks)
     return _gather(blocks, *d.shape, q_pids, g_pids, q_cams, g_cams, top, False)
 
-# %% ../nbs/08_evaluation.ipynb #0058abcd
+# %% ../nbs/08_evaluation.ipynb #0060abcd
 def rank_lists(
     query, gallery,                                          # features
     k: int = 10,
@@ -232,7 +232,7 @@ def rank_lists(
         out[at, :best.shape[1]] = torch.where(value > -torch.inf, best, -1).numpy()
     return out
 
-# %% ../nbs/08_evaluation.ipynb #0059abcd
+# %% ../nbs/08_evaluation.ipynb #0061abcd
 def _picture(image):
     "An image to show: a path, or an array 3 x H x W or H x W x 3."
     if isinstance(image, np.ndarray): return image.transpose(1, 2, 0) if image.shape[0] == 3 else image
