@@ -112,13 +112,14 @@ def parser():
 
 # %% ../nbs/25_cli.ipynb #0019abcd
 def main(words=None):
-    "The `reidbook` command."
+    "The `reidbook` command: its exit code."
     args = parser().parse_args(words)
     try: args.function(args)
-    except (ValueError, FileNotFoundError) as e: print(f"reidbook {args.command}: {e}", file=sys.stderr); code = 2
-    except RuntimeError as e: print(f"reidbook {args.command}: {e}", file=sys.stderr); code = 1
-    except KeyboardInterrupt: print("interrupted", file=sys.stderr); code = 130
-    else: code = 0
+    except (ValueError, FileNotFoundError) as e: code, said = 2, str(e)
+    except RuntimeError as e: code, said = 1, str(e)
+    except KeyboardInterrupt: code, said = 130, "interrupted"
+    else: return 0
+    print(f"reidbook {args.command}: " + "; ".join(line.strip() for line in said.splitlines()), file=sys.stderr)
     return code
 
 # %% ../nbs/25_cli.ipynb #0020abcd
