@@ -6,11 +6,11 @@
 __all__ = ['CODE', 'RUN_FIELDS', 'SCRIPT', 'ACCENTS', 'INLINE', 'TEMPLATE', 'MACHINE', 'book_root', 'read_config', 'present',
            'reading_order', 'options', 'first_sentence', 'has_picture', 'BookPage', 'front_matter', 'finished_runs',
            'process_notebooks', 'prepare', 'render_quarto', 'mathml', 'untex', 'read_bib', 'short_citation',
-           'full_citation', 'cite_html', 'markdown_html', 'output_html', 'code_html', 'cell_html', 'heading_id',
-           'page_address', 'finish_html', 'sidebar_html', 'way_html', 'facts_html', 'listing_html', 'read_page',
-           'picture_saver', 'render_page', 'render_plain', 'replace_folder', 'build_site', 'readme_text',
-           'readme_output', 'make_readme', 'parse_errors', 'check_link', 'check_page', 'check_site', 'check_cells',
-           'check_notebook', 'check_sources']
+           'full_citation', 'cite_html', 'figure_html', 'markdown_html', 'output_html', 'code_html', 'cell_html',
+           'heading_id', 'page_address', 'finish_html', 'sidebar_html', 'way_html', 'facts_html', 'listing_html',
+           'read_page', 'picture_saver', 'render_page', 'render_plain', 'replace_folder', 'build_site', 'readme_text',
+           'readme_prose', 'readme_output', 'make_readme', 'parse_errors', 'check_link', 'check_page', 'check_site',
+           'check_cells', 'check_notebook', 'check_sources']
 
 # %% ../nbs/24_site.ipynb #0002abcd
 import html, importlib.util, json, os, re, shutil, subprocess, sys, unicodedata
@@ -209,7 +209,7 @@ def full_citation(entry: dict) -> str:
 
 # %% ../nbs/24_site.ipynb #0044abcd
 INLINE = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?=\S)(?P<math>[^$\n]*?\S|\S)\$(?![\d$])|\[(?P<cite>[^\[\]]*@[\w:-]+[^\[\]]*)\](?!\()"
-                    r"|\[\]\{#(?P<anchor>[\w.-]+)\}", re.S)
+                    r"|\[\]\{#(?P<anchor>[\w.-]+)\}|^!\[(?P<caption>[^\[\]]*)\]\((?P<src>[^)\s]+)\)(?:\{(?P<attributes>[^}]*)\})?[ \t]*$", re.S | re.M)
 
 def cite_html(text: str, bib: dict, cited: list) -> str:
     "The inside of `[...]` with @keys as links to the reference list; unknown keys stay visible, marked."
@@ -221,14 +221,23 @@ def cite_html(text: str, bib: dict, cited: list) -> str:
     return "(" + re.sub(r"-?@([\w:-]*\w)", one, html.escape(text)) + ")"
 
 # %% ../nbs/24_site.ipynb #0045abcd
+def figure_html(src: str, caption: str, attributes: str, bib={}, cited=None) -> str:
+    "A picture that stands alone in the text: `![caption](src){fig-alt=\"...\"}`."
+    alt = re.search(r'fig-alt="([^"]*)"', attributes)
+    words = re.sub("^<p>|</p>$", "", markdown_html(caption, bib, cited).strip())
+    return f'<figure><img src="{html.escape(src)}" alt="{html.escape(alt[1] if alt else caption)}"><figcaption>{words}</figcaption></figure>'
+
+# %% ../nbs/24_site.ipynb #0046abcd
 def markdown_html(text: str, bib={}, cited=None) -> str:
     "Markdown as HTML, with MathML, citations, anchors and Quarto's ::: blocks."
     from nbconvert.filters import markdown2html
+    text = re.sub(r"(\]\([^)\s]+\))\{(?![^}]*fig-)[^}]*\}", r"\1", text)  # attributes of links are Quarto's
     kept, cited = [], cited if cited is not None else []
     def keep(value): kept.append(value); return f"KEEP{len(kept) - 1}KEPT"
     def one(m):
         if m["block"]: return keep(mathml(m["block"], True))
         if m["math"]: return keep(mathml(m["math"]))
+        if m["src"]: return keep(figure_html(m["src"], m["caption"], m["attributes"] or "", bib, cited))
         if m["anchor"]: return keep(f'<span id="{m["anchor"]}"></span>')
         return keep(cite_html(m["cite"], bib, cited))
     parts, at = [], 0
@@ -240,9 +249,9 @@ def markdown_html(text: str, bib={}, cited=None) -> str:
     text = re.sub(r"^:::+ *\{?\.?([\w-]+).*$", r'\n<div class="\1">\n', re.sub(r"^:::+ *$", "\n</div>\n", text, flags=re.M), flags=re.M)
     out = markdown2html(text)
     for _ in range(2): out = re.sub(r"KEEP(\d+)KEPT", lambda m: kept[int(m[1])], out)
-    return re.sub(r"<p>((?:<span id=[^>]*></span>\s*)+|<pre class=\"diagram\">.*?</pre>)</p>", r"\1", out, flags=re.S)
+    return re.sub(r"<p>((?:<span id=[^>]*></span>\s*)+|<pre class=\"diagram\">.*?</pre>|<figure.*?</figure>)</p>", r"\1", out, flags=re.S)
 
-# %% ../nbs/24_site.ipynb #0049abcd
+# %% ../nbs/24_site.ipynb #0050abcd
 def output_html(output, save,  # save(bytes, suffix) -> address of the file
                 alt: str, bib={}, cited=None) -> str:
     "One output of a cell."
@@ -259,7 +268,7 @@ def output_html(output, save,  # save(bytes, suffix) -> address of the file
     if "text/latex" in data: return mathml(data["text/latex"].strip("$ \n"), True)
     return f'<pre>{html.escape(strip_ansi(data["text/plain"]))}</pre>' if "text/plain" in data else ""
 
-# %% ../nbs/24_site.ipynb #0051abcd
+# %% ../nbs/24_site.ipynb #0052abcd
 def code_html(source: str) -> str:
     from nbconvert.filters import Highlight2HTML
     return Highlight2HTML()(source, language="ipython3").strip()
@@ -275,9 +284,9 @@ def cell_html(cell, save, bib={}, cited=None) -> str:
     if caption := known.get("fig-cap"):
         name = f' id="{known["label"]}"' if "label" in known else ""
         shown = f'<figure{name}>{shown}<figcaption>{re.sub("^<p>|</p>$", "", markdown_html(str(caption), bib, cited).strip())}</figcaption></figure>'
-    return f'<div class="cell {"doc" if body.startswith("show_doc(") else ""}">{"".join(parts)}{shown}</div>'
+    return f'<div class="cell">{"".join(parts)}{shown}</div>'
 
-# %% ../nbs/24_site.ipynb #0053abcd
+# %% ../nbs/24_site.ipynb #0054abcd
 def heading_id(text: str, taken: set) -> str:
     "Pandoc's automatic identifier."
     name = re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", text.lower()).strip())
@@ -286,7 +295,7 @@ def heading_id(text: str, taken: set) -> str:
     taken.add(name := f"{name}-{n}" if n else name)
     return name
 
-# %% ../nbs/24_site.ipynb #0055abcd
+# %% ../nbs/24_site.ipynb #0056abcd
 def page_address(name: str,  # runs/a/run.ipynb
                  meta={},    # its front matter; nbdev names the page of 06_noise.ipynb noise.html there
                  ) -> str:
@@ -309,7 +318,7 @@ def finish_html(body: str, page="", addresses={}):  # html, list of (level, id, 
     body = re.sub(r"<h([1-6])[^>]*>(.*?)</h\1>", heading, body, flags=re.S)
     return re.sub(r'(<a\s[^>]*?href=")([^"]*)"', link, re.sub(r"<style\b.*?</style>", "", body, flags=re.S)), toc
 
-# %% ../nbs/24_site.ipynb #0058abcd
+# %% ../nbs/24_site.ipynb #0059abcd
 def sidebar_html(contents: list, links: dict, here: str, up: str) -> str:  # `links`: file -> (address, title)
     "The reading order as nested lists; `here` is marked."
     def entry(e):
@@ -325,7 +334,7 @@ def way_html(order: list, links: dict, here: str, up: str) -> str:
     before = f'<a href="{up}{links[order[n - 1]][0]}">← {html.escape(links[order[n - 1]][1])}</a>' if n else "<span></span>"
     return before + (f'<a href="{up}{links[order[n + 1]][0]}">{html.escape(links[order[n + 1]][1])} →</a>' if n + 1 < len(order) else "")
 
-# %% ../nbs/24_site.ipynb #0059abcd
+# %% ../nbs/24_site.ipynb #0060abcd
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="generator" content="reidbook.site (plain build: Quarto was not found)"><title>{title} – {site}</title>
@@ -341,13 +350,13 @@ TEMPLATE = """<!DOCTYPE html>
 <script>const up = "{up}"</script><script src="{up}search-index.js"></script><script src="{up}plain.js"></script></body></html>
 """
 
-# %% ../nbs/24_site.ipynb #0060abcd
+# %% ../nbs/24_site.ipynb #0061abcd
 def facts_html(meta: dict) -> str:
     "The front matter of a run as a line of facts."
     shown = [k for k in ("dataset", "method", "seed", "mAP", "rank1", "minutes", "date") if meta.get(k) is not None]
     return f'<dl class="facts">{"".join(f"<div><dt>{k}</dt><dd>{html.escape(str(meta[k]))}</dd></div>" for k in shown)}</dl>' if len(shown) > 1 else ""
 
-# %% ../nbs/24_site.ipynb #0062abcd
+# %% ../nbs/24_site.ipynb #0063abcd
 def listing_html(listing: dict, runs: list) -> str:
     "The results table: the fields of the page's own `listing`, one row per run; plain.js sorts it by a click on a heading."
     fields, names = listing["fields"], listing.get("field-display-names", {})
@@ -361,7 +370,7 @@ def listing_html(listing: dict, runs: list) -> str:
     rows = "".join(f"<tr>{''.join(cell(p, m, f) for f in fields)}</tr>" for p, m in order)
     return f'<div class="table-wrap"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
-# %% ../nbs/24_site.ipynb #0064abcd
+# %% ../nbs/24_site.ipynb #0065abcd
 def read_page(path: Path):  # front matter, cells
     "A staged notebook or Quarto document."
     if path.suffix == ".ipynb": return front_matter(nbformat.read(path, 4).cells)
@@ -369,7 +378,7 @@ def read_page(path: Path):  # front matter, cells
     if not m: raise ValueError(f"{path.name} has no front matter: it must begin with ---, a title and ---")
     return yaml.safe_load(m[1]), [nbformat.v4.new_markdown_cell(m[2])]
 
-# %% ../nbs/24_site.ipynb #0065abcd
+# %% ../nbs/24_site.ipynb #0066abcd
 def picture_saver(folder: Path, stem: str):
     "save(data, suffix) -> address: writes STEM_files/1.png, 2.png, ... beside the page."
     from base64 import b64decode
@@ -381,7 +390,7 @@ def picture_saver(folder: Path, stem: str):
         return name
     return save
 
-# %% ../nbs/24_site.ipynb #0066abcd
+# %% ../nbs/24_site.ipynb #0067abcd
 def render_page(page: str, read: dict, config: dict, bib: dict, out: Path) -> list:  # entries of the search index
     "One page of the plain build; `read`: file -> (front matter, cells)."
     (meta, cells), contents = read[page], config["website"]["sidebar"]["contents"]
@@ -401,7 +410,7 @@ def render_page(page: str, read: dict, config: dict, bib: dict, out: Path) -> li
     return [{"p": address, "t": links[page][1], "h": "", "x": str(meta.get("description", ""))},
             *({"p": f"{address}#{i}", "t": links[page][1], "h": t, "x": ""} for _, i, t in toc)]
 
-# %% ../nbs/24_site.ipynb #0067abcd
+# %% ../nbs/24_site.ipynb #0068abcd
 def render_plain(proc: Path, config: dict) -> Path:  # the folder of finished pages
     "The site without Quarto, from the same folder; whatever is not a page is copied beside the pages."
     out = proc / config["project"]["output-dir"]
@@ -417,7 +426,7 @@ def render_plain(proc: Path, config: dict) -> Path:  # the folder of finished pa
         shutil.copy2(path, out / path.relative_to(proc))
     return out
 
-# %% ../nbs/24_site.ipynb #0069abcd
+# %% ../nbs/24_site.ipynb #0070abcd
 def replace_folder(made: Path, out: Path):
     "Put the folder `made` where `out` is; whoever looks sees the old site or the new one."
     new, old = (out.with_name(f"{out.name}.{what}{os.getpid()}") for what in ("new", "old"))
@@ -426,7 +435,7 @@ def replace_folder(made: Path, out: Path):
     new.rename(out)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/24_site.ipynb #0071abcd
+# %% ../nbs/24_site.ipynb #0072abcd
 def build_site(out=None,     # where the site goes; None: _docs in the checkout
                quarto=None,  # path of Quarto; None: the one on PATH, if any; False: the plain build in any case
                *, root=None, # a folder in the checkout
@@ -445,19 +454,24 @@ def build_site(out=None,     # where the site goes; None: _docs in the checkout
     print(f"site: {len(list(out.rglob('*.html')))} pages, {len(list((proc / 'runs').glob('*/run.ipynb')))} of them runs, in {out.name}/")
     return out
 
-# %% ../nbs/24_site.ipynb #0078abcd
+# %% ../nbs/24_site.ipynb #0079abcd
 def readme_text(proc) -> str:
     "The processed index as plain markdown: outputs inlined, links and pictures relative to the checkout."
     meta, cells = front_matter(nbformat.read(Path(proc) / "index.ipynb", 4).cells)
     parts = [f"# {meta['title']}", f"> {meta['description']}"]
     for cell in cells:
         known, body = options(cell.source)
-        if cell.cell_type == "markdown": parts.append(re.sub(r"(\]\([^)]*\))\{[^}]*\}", r"\1", re.sub(r"<!--.*?-->", "", cell.source, flags=re.S)))
+        if cell.cell_type == "markdown": parts.append(readme_prose(cell.source))
         elif cell.cell_type == "code":
             if known.get("echo") is not False: parts.append(f"```python\n{body}\n```")
             parts += [readme_output(o) for o in cell.outputs]
     text = "\n\n".join(p.strip() for p in parts if p.strip()) + "\n"
     return re.sub(r"\]\((?!\w+:|#|/|nbs/)([^)\s]+)\)", r"](nbs/\1)", text)
+
+def readme_prose(text: str) -> str:
+    "Markdown without Quarto's attributes: a figure's fig-alt becomes its alt text, its caption a line below."
+    text = re.sub(r'!\[([^\]]*)\](\([^)]*\))\{[^}]*?fig-alt="([^"]*)"[^}]*\}', r"![\3]\2\n\n*\1*", text)
+    return re.sub(r"(\]\([^)]*\))\{[^}]*\}", r"\1", re.sub(r"<!--.*?-->", "", text, flags=re.S))
 
 def readme_output(output) -> str:
     "An output as markdown; pictures of cells are not shown (keep them in images/)."
@@ -465,7 +479,7 @@ def readme_output(output) -> str:
     if "text/markdown" in data: return data["text/markdown"]
     return "```\n" + data["text/plain"].rstrip() + "\n```" if data.get("text/plain") and not has_picture({"outputs": [output]}) else ""
 
-# %% ../nbs/24_site.ipynb #0079abcd
+# %% ../nbs/24_site.ipynb #0080abcd
 def make_readme(root=None) -> Path:
     "Write README.md of the checkout from nbs/index.ipynb."
     root = book_root(root)
@@ -473,7 +487,7 @@ def make_readme(root=None) -> Path:
     path.write_text(readme_text(process_notebooks(root, [name for name, _ in finished_runs(root / "nbs")[1]])), encoding="utf-8")
     return path
 
-# %% ../nbs/24_site.ipynb #0082abcd
+# %% ../nbs/24_site.ipynb #0083abcd
 MACHINE = re.compile(r"(?<![\w.:/~-])/(?:work|tmp|root|home/\w+|Users/\w+|mnt)/[\w.-]+")
 
 def parse_errors(text: str) -> list:
@@ -484,7 +498,7 @@ def parse_errors(text: str) -> list:
     parser.parse(text)
     return [f"line {line}: {code}" for (line, _), code, _ in parser.errors]
 
-# %% ../nbs/24_site.ipynb #0084abcd
+# %% ../nbs/24_site.ipynb #0085abcd
 @lru_cache(maxsize=4096)
 def _anchors(path: Path, _time) -> frozenset:
     "Names in a page that a link can point at."
@@ -503,7 +517,7 @@ def check_link(address: str, page: Path, folder: Path) -> str:  # "" when it is 
         return f"link {address}: no such anchor"
     return ""
 
-# %% ../nbs/24_site.ipynb #0085abcd
+# %% ../nbs/24_site.ipynb #0086abcd
 def check_page(page: Path, folder: Path) -> list:
     "Problems of one HTML page."
     from bs4 import BeautifulSoup
@@ -523,7 +537,7 @@ def check_page(page: Path, folder: Path) -> list:
     problems += [f"{e.get_text()} is not resolved" for e in soup.select(".unresolved, .quarto-unresolved-ref")]
     return problems + [f"path of a machine: {m}" for m in sorted(set(MACHINE.findall(text)))]
 
-# %% ../nbs/24_site.ipynb #0086abcd
+# %% ../nbs/24_site.ipynb #0087abcd
 def check_site(folder, root=None) -> list:  # "page: problem", empty when all is well
     "Check a built site; with `root`, also that it holds every chapter of the reading order and every finished run."
     folder = Path(folder)
@@ -536,7 +550,7 @@ def check_site(folder, root=None) -> list:  # "page: problem", empty when all is
     names = {f: {page_address(f), page_address(re.sub(r"^\d+_", "", f))} for f in wanted + [page for page, _ in finished_runs(nbs)[0]]}
     return problems + [f"{f}: not in the site" for f, either in names.items() if not either & pages]
 
-# %% ../nbs/24_site.ipynb #0092abcd
+# %% ../nbs/24_site.ipynb #0093abcd
 def check_cells(cells) -> list:
     "Problems of the cells of a chapter that nbdev or Quarto would stumble over."
     problems, exported = [], False
@@ -551,7 +565,7 @@ def check_cells(cells) -> list:
         elif exported and re.search(r"^```\{?mermaid", cell.source, re.M): problems.append(f"cell {n}: a diagram after the first exported function is not drawn")
     return problems
 
-# %% ../nbs/24_site.ipynb #0094abcd
+# %% ../nbs/24_site.ipynb #0095abcd
 def check_notebook(path: Path, nbs: Path, keys: set) -> list:
     "Problems of one notebook: format, title, cells, citations, links."
     try:
@@ -569,7 +583,7 @@ def check_notebook(path: Path, nbs: Path, keys: set) -> list:
                      if not urlsplit(a).scheme and (file := unquote(urlsplit(a).path)) and not (path.parent / file).exists()]
     return problems
 
-# %% ../nbs/24_site.ipynb #0095abcd
+# %% ../nbs/24_site.ipynb #0096abcd
 def check_sources(root=None) -> list:
     "Check every notebook of the checkout: \"file: problem\"."
     root = book_root(root)
