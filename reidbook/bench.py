@@ -22,7 +22,7 @@ import torch
 
 from . import clustering, evaluation, neighbors
 
-# %% ../nbs/19_bench.ipynb #0005abcd
+# %% ../nbs/19_bench.ipynb #0006abcd
 def seeded_features(
     n: int,                                                  # rows
     dim: int = 2048,
@@ -43,7 +43,7 @@ def seeded_features(
         x[a:a + 4096] /= np.linalg.norm(x[a:a + 4096], axis=1, keepdims=True)
     return x, pids
 
-# %% ../nbs/19_bench.ipynb #0012abcd
+# %% ../nbs/19_bench.ipynb #0013abcd
 def _status(field: str) -> float:
     "A memory field of this process in MB."
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -65,7 +65,7 @@ class Peak:
         except OSError: top = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         self.mb = max(0.0, top - self.start)
 
-# %% ../nbs/19_bench.ipynb #0016abcd
+# %% ../nbs/19_bench.ipynb #0017abcd
 def repeats(n: int) -> int:
     "Runs per job, the fastest counts: other programs on the machine only ever slow a run down."
     return 3 if n <= 15_000 else 1
@@ -93,7 +93,7 @@ def _engine(n, dim, eps, labels_to):
     np.save(labels_to, labels)
     return dict(n=n, dim=dim, knn_s=search, rest_s=total - search, peak_mb=peak.mb, clusters=int(labels.max() + 1))
 
-# %% ../nbs/19_bench.ipynb #0019abcd
+# %% ../nbs/19_bench.ipynb #0020abcd
 def reference():
     "The module tests/reference.py of the checkout around the package or the current folder."
     for root in (Path(__file__).parent.parent if "__file__" in globals() else Path.cwd(), Path.cwd(), Path.cwd().parent):
@@ -123,7 +123,7 @@ def _dense(n, dim, eps, labels_to):
     np.save(labels_to, labels)
     return dict(dense_knn_s=search, dense_rest_s=total - search, dense_peak_mb=peak.mb)
 
-# %% ../nbs/19_bench.ipynb #0024abcd
+# %% ../nbs/19_bench.ipynb #0025abcd
 def _best(function, times=2):
     "What a function returns, and the seconds of its fastest run."
     seconds = []
@@ -154,7 +154,7 @@ def _evaluation(queries, gallery, dim, loop):
         row["loop_mAP"] = float(again["mAP"])
     return row
 
-# %% ../nbs/19_bench.ipynb #0027abcd
+# %% ../nbs/19_bench.ipynb #0028abcd
 def _approximate(n, dim, eps, probes):
     x, _ = seeded_features(n, dim)
     _warm()
@@ -170,7 +170,7 @@ def _approximate(n, dim, eps, probes):
     return dict(n=n, dim=dim, probes=probes, search_s=t1 - t0, rest_s=t3 - t2, recall_at_30=recall, peak_mb=peak.mb,
                 total_mb=peak.mb + x.nbytes / 2**20, clusters=int(labels.max() + 1))
 
-# %% ../nbs/19_bench.ipynb #0030abcd
+# %% ../nbs/19_bench.ipynb #0031abcd
 def _child(job, args):
     "Run a job in this process; its result goes to the last line of the output."
     print("\n" + json.dumps(globals()[job](*args)))
@@ -184,7 +184,7 @@ def _measure(job, *args):
     done.check_returncode()
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../nbs/19_bench.ipynb #0031abcd
+# %% ../nbs/19_bench.ipynb #0032abcd
 def bench_clustering(n: int, dim: int = 2048, eps: float = 0.6, dense: bool = True) -> dict:
     "One row: the engine, and the dense reference on the same features right after it."
     import tempfile
@@ -198,7 +198,7 @@ def bench_clustering(n: int, dim: int = 2048, eps: float = 0.6, dense: bool = Tr
             other["ratio"] = (other["dense_knn_s"] + other["dense_rest_s"]) / (row["knn_s"] + row["rest_s"])
     return row | (other or dict(dense_knn_s=None, dense_rest_s=None, dense_peak_mb=None, same_labels=None, ratio=None))
 
-# %% ../nbs/19_bench.ipynb #0036abcd
+# %% ../nbs/19_bench.ipynb #0037abcd
 def show(results: dict) -> str:
     "The results as plain text."
     cells = lambda *values: " | ".join("-" if v is None else f"{v:,}" if isinstance(v, (int, str)) and not isinstance(v, (bool, str)) else
@@ -214,7 +214,7 @@ def show(results: dict) -> str:
                                                                         for k, v in results["approximate"].items())]
     return "\n".join(lines)
 
-# %% ../nbs/19_bench.ipynb #0037abcd
+# %% ../nbs/19_bench.ipynb #0038abcd
 def run_bench(
     sizes=(4000, 12936),                                     # N for clustering
     *,
@@ -242,7 +242,7 @@ def run_bench(
     print(show(results))
     return results
 
-# %% ../nbs/19_bench.ipynb #0041abcd
+# %% ../nbs/19_bench.ipynb #0042abcd
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     "The options of `reidbook bench`."
     parser.add_argument("--sizes", type=int, nargs="*", default=[4000, 12936], help="numbers of images for clustering")
