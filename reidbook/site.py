@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CODE', 'RUN_FIELDS', 'SCRIPT', 'ACCENTS', 'INLINE', 'TEMPLATE', 'MACHINE', 'book_root', 'read_config', 'present',
            'reading_order', 'options', 'first_sentence', 'has_picture', 'BookPage', 'front_matter', 'finished_runs',
-           'process_notebooks', 'prepare', 'render_quarto', 'mathml', 'untex', 'read_bib', 'short_citation',
-           'full_citation', 'cite_html', 'figure_html', 'markdown_html', 'output_html', 'code_html', 'cell_html',
-           'heading_id', 'page_address', 'finish_html', 'sidebar_html', 'way_html', 'facts_html', 'listing_html',
-           'read_page', 'picture_saver', 'render_page', 'render_plain', 'replace_folder', 'build_site', 'readme_text',
-           'readme_prose', 'readme_output', 'make_readme', 'parse_errors', 'check_link', 'check_page', 'check_site',
-           'check_cells', 'check_notebook', 'check_sources']
+           'process_notebooks', 'prepare', 'render_quarto', 'mathml', 'untex', 'short_citation', 'full_citation',
+           'cite_html', 'figure_html', 'markdown_html', 'output_html', 'code_html', 'cell_html', 'heading_id',
+           'page_address', 'finish_html', 'sidebar_html', 'way_html', 'facts_html', 'listing_html', 'read_page',
+           'picture_saver', 'render_page', 'render_plain', 'replace_folder', 'build_site', 'readme_text',
+           'readme_prose', 'readme_output', 'make_readme', 'parse_errors', 'check_page', 'check_site', 'check_cells',
+           'check_notebook', 'check_sources']
 
 # %% ../nbs/24_site.ipynb #0002abcd
 import html, importlib.util, json, os, re, shutil, subprocess, sys, unicodedata
@@ -30,7 +30,7 @@ def book_root(root=None,  # a folder inside a checkout; None: the current one, t
     for start in starts:
         for folder in (start.absolute(), *start.absolute().parents):
             if (folder / "_quarto.yml").is_file() and (folder / "nbs").is_dir(): return folder
-    raise FileNotFoundError(f"no _quarto.yml with an nbs folder in {starts[0]} or above: run this inside a checkout of the book, or give its folder")
+    raise FileNotFoundError(f"no _quarto.yml with an nbs folder in {starts[0]} or above: run inside a checkout, or give its folder")
 
 # %% ../nbs/24_site.ipynb #0006abcd
 def read_config(root) -> dict:
@@ -44,19 +44,22 @@ def present(contents,  # a sidebar's `contents`: file names and sections
     "The sidebar as the files on disk allow it."
     kept, missing = [], []
     for entry in contents:
-        inner, gone = present(entry["contents"], folder) if isinstance(entry, dict) else ([], [entry] * (not (Path(folder) / entry).is_file()))
+        if isinstance(entry, dict): inner, gone = present(entry["contents"], folder)
+        else: inner, gone = [], [entry] * (not (Path(folder) / entry).is_file())
         missing += gone
         if isinstance(entry, str) and not gone: kept.append(entry)
         if inner: kept.append({**entry, "contents": inner})
     return kept, missing
 
-# %% ../nbs/24_site.ipynb #0011abcd
+# %% ../nbs/24_site.ipynb #0012abcd
 def reading_order(contents) -> list:  # (section, file name) in order
     "A sidebar as a flat list."
-    return [pair for e in contents for pair in ([(e["section"], f) for _, f in reading_order(e["contents"])] if isinstance(e, dict) else [("", e)])]
+    inner = [[(e["section"], f) for _, f in reading_order(e["contents"])] if isinstance(e, dict) else [("", e)] for e in contents]
+    return [pair for pairs in inner for pair in pairs]
 
-# %% ../nbs/24_site.ipynb #0014abcd
-CODE = re.compile(r"^(?P<f>`{3,}|~{3,}).*?^(?P=f)[ \t]*$|(?<=\n\n)(?: {4}[^\n]*(?:\n|$))+|(?P<t>`+)[^`].*?(?P=t)(?!`)", re.M | re.S)  # code in markdown
+# %% ../nbs/24_site.ipynb #0015abcd
+CODE = re.compile(r"^(?P<f>`{3,}|~{3,}).*?^(?P=f)[ \t]*$|(?<=\n\n)(?: {4}[^\n]*(?:\n|$))+"  # code in markdown
+                  r"|(?P<t>`+)[^`].*?(?P=t)(?!`)", re.M | re.S)
 
 def options(source: str):  # dict of options, source without them
     "Quarto's `#| key: value` lines at the head of a cell."
@@ -64,7 +67,6 @@ def options(source: str):  # dict of options, source without them
     pairs = (line[2:].partition(":") for line in head.splitlines() if ":" in line)
     return {k.strip(): yaml.safe_load(v) for k, _, v in pairs}, source[len(head):].strip("\n")
 
-# %% ../nbs/24_site.ipynb #0015abcd
 def first_sentence(text: str) -> str:
     "The first sentence of a markdown text, without its marks."
     plain = re.sub(r"\[@[^\]]*\]|[*_`#>|]|\[(?=[^\]]*\]\()|\]\([^)]*\)", "", CODE.sub(lambda m: m[0] if m["t"] else "", text)).strip()
@@ -96,9 +98,10 @@ class BookPage:
         known, _ = options(cell.source)
         if not has_picture(cell) or "fig-alt" in known: return
         prose = first_sentence(following[0].source) if following and following[0].cell_type == "markdown" else ""
-        cell.source = "#| fig-alt: " + json.dumps(str(known.get("fig-cap") or prose or "Figure made by the cell above"), ensure_ascii=False) + "\n" + cell.source
+        alt = str(known.get("fig-cap") or prose or "Figure made by the cell above")
+        cell.source = f"#| fig-alt: {json.dumps(alt, ensure_ascii=False)}\n{cell.source}"
 
-# %% ../nbs/24_site.ipynb #0022abcd
+# %% ../nbs/24_site.ipynb #0024abcd
 def front_matter(cells):  # the notebook's cells
     "Front matter and the other cells. Raw YAML first, else the H1 and the `>` line of the first markdown cell."
     if not cells: return {}, []
@@ -109,7 +112,7 @@ def front_matter(cells):  # the notebook's cells
     m = re.match(r"#\s+(.+)(?:\s*\n>\s*(.+))?", first.source)
     return ({"title": m[1].strip(), **({"description": m[2].strip()} if m[2] else {})} if m else {}), list(cells)
 
-# %% ../nbs/24_site.ipynb #0025abcd
+# %% ../nbs/24_site.ipynb #0027abcd
 RUN_FIELDS = ("title", "dataset", "method", "seed", "mAP")
 
 def finished_runs(nbs):  # list of (page name, front matter), list of (folder name, why it is left out)
@@ -126,7 +129,7 @@ def finished_runs(nbs):  # list of (page name, front matter), list of (folder na
         except (ValueError, AttributeError, nbformat.reader.NotJSONError) as e: left_out.append((folder.name, str(e)))
     return good, left_out
 
-# %% ../nbs/24_site.ipynb #0029abcd
+# %% ../nbs/24_site.ipynb #0034abcd
 SCRIPT = """if __name__ == "__main__":
     import sys
     from nbdev.serve import proc_nbs
@@ -139,11 +142,13 @@ def process_notebooks(root, skip=()) -> Path:  # `skip`: names of folders to lea
     folders = "|".join([r"^[_.]", *(f"^{re.escape(name)}$" for name in skip)])
     paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": paths, "MPLBACKEND": "agg"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, folders, r"^[_.]|\.(?:pt|npy|npz|tmp)$"], cwd=root, env=env, capture_output=True, text=True)
-    if done.returncode: raise ValueError(f"nbdev could not process the notebooks (imports must stand in cells of their own):\n{done.stderr[-2000:]}")
+    command = [sys.executable, "-c", SCRIPT, folders, r"^[_.]|\.(?:pt|npy|npz|tmp)$"]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    if done.returncode: raise ValueError(f"nbdev could not process the notebooks (imports must stand in cells of their own):\n"
+                                         f"{done.stderr[-2000:]}")
     return Path(root) / "_proc"
 
-# %% ../nbs/24_site.ipynb #0030abcd
+# %% ../nbs/24_site.ipynb #0036abcd
 def prepare(root):  # folder _proc, its configuration, what was left out and why
     "Everything a renderer needs in `_proc/`: processed notebooks and `_quarto.yml` without what is absent."
     left_out = finished_runs(Path(root) / "nbs")[1]
@@ -151,23 +156,25 @@ def prepare(root):  # folder _proc, its configuration, what was left out and why
     contents, missing = present(config["website"]["sidebar"]["contents"], proc)
     if not contents: raise ValueError("no page of _quarto.yml exists in nbs: is this a checkout of the book?")
     if "index.ipynb" in missing:
-        (proc / "index.qmd").write_text("---\ntitle: reidbook\n---\n\n" + "\n".join(f"- [{Path(f).stem}]({f})" for _, f in reading_order(contents)) + "\n")
+        chapters = "\n".join(f"- [{Path(f).stem}]({f})" for _, f in reading_order(contents))
+        (proc / "index.qmd").write_text(f"---\ntitle: reidbook\n---\n\n{chapters}\n")
         contents = ["index.qmd", *contents]
     listed = {f for _, f in reading_order(contents)}
     extra = [p.name for p in sorted(proc.glob("*.ipynb")) if p.name not in listed]
     config["website"]["sidebar"]["contents"] = contents
     (proc / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    notes = [f"run {name} left out: {why}" for name, why in left_out] + [f"{name} is in _quarto.yml but not in nbs: left out" for name in missing]
+    notes = [f"run {name} left out: {why}" for name, why in left_out]
+    notes += [f"{name} is in _quarto.yml but not in nbs: left out" for name in missing]
     return proc, config, notes + [f"{name} is not in the sidebar: add it to _quarto.yml" for name in extra]
 
-# %% ../nbs/24_site.ipynb #0032abcd
+# %% ../nbs/24_site.ipynb #0038abcd
 def render_quarto(proc: Path, config: dict, quarto) -> Path:  # the folder of finished pages
     "Let Quarto render `_proc/`; its last words are in the error when it fails."
     done = subprocess.run([str(quarto), "render"], cwd=proc, capture_output=True, text=True)
     if done.returncode: raise ValueError(f"quarto render failed with exit code {done.returncode}:\n{(done.stdout + done.stderr)[-1500:]}")
     return proc / config["project"]["output-dir"]
 
-# %% ../nbs/24_site.ipynb #0034abcd
+# %% ../nbs/24_site.ipynb #0040abcd
 def mathml(tex: str, block=False) -> str:
     "A formula as MathML; as TeX in a code element when latex2mathml is missing or cannot read it."
     try:
@@ -176,7 +183,7 @@ def mathml(tex: str, block=False) -> str:
     except Exception:  # latex2mathml has a dozen error types and no common base
         return f'<code class="tex">{html.escape(tex.strip())}</code>'
 
-# %% ../nbs/24_site.ipynb #0037abcd
+# %% ../nbs/24_site.ipynb #0043abcd
 ACCENTS = {'"': "\u0308", "'": "\u0301", "`": "\u0300", "^": "\u0302", "~": "\u0303", "v": "\u030c", "c": "\u0327", "=": "\u0304", "u": "\u0306"}
 
 def untex(text: str) -> str:
@@ -184,16 +191,7 @@ def untex(text: str) -> str:
     text = re.sub(r"""\{?\\(["'`^~=]|[vcu](?=[ {]))\s*\{?\\?([A-Za-z])\}?\}?""", lambda m: unicodedata.normalize("NFC", m[2] + ACCENTS[m[1]]), text)
     return re.sub(r"\s+", " ", text.replace("\\&", "&").replace("--", "–").replace("{", "").replace("}", "")).strip()
 
-# %% ../nbs/24_site.ipynb #0039abcd
-def read_bib(text: str) -> dict:  # key -> dict of fields
-    "A BibTeX file: entries with fields in braces or quotes."
-    entries = {}
-    for kind, key, body in re.findall(r"@(\w+)\s*\{\s*([^,\s]+)\s*,(.*?)\n?\}\s*(?=@|\Z)", text, re.S):
-        fields = re.findall(r"(\w+)\s*=\s*(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|\"([^\"]*)\"|(\d+))", body)
-        entries[key] = {"kind": kind.lower(), **{k.lower(): untex(a or b or c) for k, a, b, c in fields}}
-    return entries
-
-# %% ../nbs/24_site.ipynb #0041abcd
+# %% ../nbs/24_site.ipynb #0047abcd
 def short_citation(entry: dict) -> str:
     "`Zhong et al. 2017`."
     names = [n.split(",")[0] if "," in n else n.split()[-1] for n in entry.get("author", entry.get("title", "?")).split(" and ")]
@@ -203,13 +201,16 @@ def short_citation(entry: dict) -> str:
 def full_citation(entry: dict) -> str:
     "One line of the reference list."
     where = entry.get("journal") or entry.get("booktitle") or entry.get("publisher") or entry.get("howpublished", "")
-    address = f"https://arxiv.org/abs/{entry['eprint']}" if "eprint" in entry else f"https://doi.org/{entry['doi']}" if "doi" in entry else entry.get("url", "")
-    text = html.escape(f"{entry.get('author', '').replace(' and ', '; ')} ({entry.get('year', 'n.d.')}). {entry.get('title', '')}. {where}.".replace("..", "."))
+    address = f"https://arxiv.org/abs/{entry['eprint']}" if "eprint" in entry else \
+        f"https://doi.org/{entry['doi']}" if "doi" in entry else entry.get("url", "")
+    who = entry.get("author", "").replace(" and ", "; ")
+    text = html.escape(f"{who} ({entry.get('year', 'n.d.')}). {entry.get('title', '')}. {where}.".replace("..", "."))
     return text + (f' <a href="{html.escape(address)}">{html.escape(address.removeprefix("https://"))}</a>' if address else "")
 
-# %% ../nbs/24_site.ipynb #0044abcd
+# %% ../nbs/24_site.ipynb #0050abcd
 INLINE = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?=\S)(?P<math>[^$\n]*?\S|\S)\$(?![\d$])|\[(?P<cite>[^\[\]]*@[\w:-]+[^\[\]]*)\](?!\()"
-                    r"|\[\]\{#(?P<anchor>[\w.-]+)\}|^!\[(?P<caption>[^\[\]]*)\]\((?P<src>[^)\s]+)\)(?:\{(?P<attributes>[^}]*)\})?[ \t]*$", re.S | re.M)
+                    r"|\[\]\{#(?P<anchor>[\w.-]+)\}"
+                    r"|^!\[(?P<caption>[^\[\]]*)\]\((?P<src>[^)\s]+)\)(?:\{(?P<attributes>[^}]*)\})?[ \t]*$", re.S | re.M)
 
 def cite_html(text: str, bib: dict, cited: list) -> str:
     "The inside of `[...]` with @keys as links to the reference list; unknown keys stay visible, marked."
@@ -220,14 +221,13 @@ def cite_html(text: str, bib: dict, cited: list) -> str:
         return f'<a class="citation" href="#ref-{key}">{html.escape(short_citation(bib[key]))}</a>'
     return "(" + re.sub(r"-?@([\w:-]*\w)", one, html.escape(text)) + ")"
 
-# %% ../nbs/24_site.ipynb #0045abcd
 def figure_html(src: str, caption: str, attributes: str, bib={}, cited=None) -> str:
     "A picture that stands alone in the text: `![caption](src){fig-alt=\"...\"}`."
     alt = re.search(r'fig-alt="([^"]*)"', attributes)
     words = re.sub("^<p>|</p>$", "", markdown_html(caption, bib, cited).strip())
-    return f'<figure><img src="{html.escape(src)}" alt="{html.escape(alt[1] if alt else caption)}"><figcaption>{words}</figcaption></figure>'
+    alt = html.escape(alt[1] if alt else caption)
+    return f'<figure><img src="{html.escape(src)}" alt="{alt}"><figcaption>{words}</figcaption></figure>'
 
-# %% ../nbs/24_site.ipynb #0046abcd
 def markdown_html(text: str, bib={}, cited=None) -> str:
     "Markdown as HTML, with MathML, citations, anchors and Quarto's ::: blocks."
     from nbconvert.filters import markdown2html
@@ -251,7 +251,7 @@ def markdown_html(text: str, bib={}, cited=None) -> str:
     for _ in range(2): out = re.sub(r"KEEP(\d+)KEPT", lambda m: kept[int(m[1])], out)
     return re.sub(r"<p>((?:<span id=[^>]*></span>\s*)+|<pre class=\"diagram\">.*?</pre>|<figure.*?</figure>)</p>", r"\1", out, flags=re.S)
 
-# %% ../nbs/24_site.ipynb #0050abcd
+# %% ../nbs/24_site.ipynb #0054abcd
 def output_html(output, save,  # save(bytes, suffix) -> address of the file
                 alt: str, bib={}, cited=None) -> str:
     "One output of a cell."
@@ -268,7 +268,7 @@ def output_html(output, save,  # save(bytes, suffix) -> address of the file
     if "text/latex" in data: return mathml(data["text/latex"].strip("$ \n"), True)
     return f'<pre>{html.escape(strip_ansi(data["text/plain"]))}</pre>' if "text/plain" in data else ""
 
-# %% ../nbs/24_site.ipynb #0052abcd
+# %% ../nbs/24_site.ipynb #0057abcd
 def code_html(source: str) -> str:
     from nbconvert.filters import Highlight2HTML
     return Highlight2HTML()(source, language="ipython3").strip()
@@ -283,10 +283,11 @@ def cell_html(cell, save, bib={}, cited=None) -> str:
     shown = "".join(f'<div class="cell-output">{o}</div>' for o in shown if o)
     if caption := known.get("fig-cap"):
         name = f' id="{known["label"]}"' if "label" in known else ""
-        shown = f'<figure{name}>{shown}<figcaption>{re.sub("^<p>|</p>$", "", markdown_html(str(caption), bib, cited).strip())}</figcaption></figure>'
+        words = re.sub("^<p>|</p>$", "", markdown_html(str(caption), bib, cited).strip())
+        shown = f'<figure{name}>{shown}<figcaption>{words}</figcaption></figure>'
     return f'<div class="cell">{"".join(parts)}{shown}</div>'
 
-# %% ../nbs/24_site.ipynb #0054abcd
+# %% ../nbs/24_site.ipynb #0059abcd
 def heading_id(text: str, taken: set) -> str:
     "Pandoc's automatic identifier."
     name = re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", text.lower()).strip())
@@ -295,7 +296,7 @@ def heading_id(text: str, taken: set) -> str:
     taken.add(name := f"{name}-{n}" if n else name)
     return name
 
-# %% ../nbs/24_site.ipynb #0056abcd
+# %% ../nbs/24_site.ipynb #0061abcd
 def page_address(name: str,  # runs/a/run.ipynb
                  meta={},    # its front matter; nbdev names the page of 06_noise.ipynb noise.html there
                  ) -> str:
@@ -318,7 +319,7 @@ def finish_html(body: str, page="", addresses={}):  # html, list of (level, id, 
     body = re.sub(r"<h([1-6])[^>]*>(.*?)</h\1>", heading, body, flags=re.S)
     return re.sub(r'(<a\s[^>]*?href=")([^"]*)"', link, re.sub(r"<style\b.*?</style>", "", body, flags=re.S)), toc
 
-# %% ../nbs/24_site.ipynb #0059abcd
+# %% ../nbs/24_site.ipynb #0065abcd
 def sidebar_html(contents: list, links: dict, here: str, up: str) -> str:  # `links`: file -> (address, title)
     "The reading order as nested lists; `here` is marked."
     def entry(e):
@@ -334,11 +335,12 @@ def way_html(order: list, links: dict, here: str, up: str) -> str:
     before = f'<a href="{up}{links[order[n - 1]][0]}">← {html.escape(links[order[n - 1]][1])}</a>' if n else "<span></span>"
     return before + (f'<a href="{up}{links[order[n + 1]][0]}">{html.escape(links[order[n + 1]][1])} →</a>' if n + 1 < len(order) else "")
 
-# %% ../nbs/24_site.ipynb #0060abcd
+# %% ../nbs/24_site.ipynb #0066abcd
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="generator" content="reidbook.site (plain build: Quarto was not found)"><title>{title} – {site}</title>
-<meta name="description" content="{description}"><link rel="stylesheet" href="{up}plain.css"><link rel="stylesheet" href="{up}styles.css"></head><body>
+<meta name="description" content="{description}">
+<link rel="stylesheet" href="{up}plain.css"><link rel="stylesheet" href="{up}styles.css"></head><body>
 <input type="checkbox" id="menu"><header><label for="menu">Contents</label><a class="brand" href="{up}index.html">{site}</a>
 <input id="find" type="search" placeholder="Search" aria-label="Search the book"></header>
 <nav class="book" aria-label="Chapters"><div id="found"></div>{sidebar}</nav>
@@ -350,13 +352,14 @@ TEMPLATE = """<!DOCTYPE html>
 <script>const up = "{up}"</script><script src="{up}search-index.js"></script><script src="{up}plain.js"></script></body></html>
 """
 
-# %% ../nbs/24_site.ipynb #0061abcd
+# %% ../nbs/24_site.ipynb #0068abcd
 def facts_html(meta: dict) -> str:
     "The front matter of a run as a line of facts."
     shown = [k for k in ("dataset", "method", "seed", "mAP", "rank1", "minutes", "date") if meta.get(k) is not None]
-    return f'<dl class="facts">{"".join(f"<div><dt>{k}</dt><dd>{html.escape(str(meta[k]))}</dd></div>" for k in shown)}</dl>' if len(shown) > 1 else ""
+    facts = "".join(f"<div><dt>{k}</dt><dd>{html.escape(str(meta[k]))}</dd></div>" for k in shown)
+    return f'<dl class="facts">{facts}</dl>' if len(shown) > 1 else ""
 
-# %% ../nbs/24_site.ipynb #0063abcd
+# %% ../nbs/24_site.ipynb #0071abcd
 def listing_html(listing: dict, runs: list) -> str:
     "The results table: the fields of the page's own `listing`, one row per run; plain.js sorts it by a click on a heading."
     fields, names = listing["fields"], listing.get("field-display-names", {})
@@ -370,7 +373,7 @@ def listing_html(listing: dict, runs: list) -> str:
     rows = "".join(f"<tr>{''.join(cell(p, m, f) for f in fields)}</tr>" for p, m in order)
     return f'<div class="table-wrap"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
-# %% ../nbs/24_site.ipynb #0065abcd
+# %% ../nbs/24_site.ipynb #0074abcd
 def read_page(path: Path):  # front matter, cells
     "A staged notebook or Quarto document."
     if path.suffix == ".ipynb": return front_matter(nbformat.read(path, 4).cells)
@@ -378,7 +381,6 @@ def read_page(path: Path):  # front matter, cells
     if not m: raise ValueError(f"{path.name} has no front matter: it must begin with ---, a title and ---")
     return yaml.safe_load(m[1]), [nbformat.v4.new_markdown_cell(m[2])]
 
-# %% ../nbs/24_site.ipynb #0066abcd
 def picture_saver(folder: Path, stem: str):
     "save(data, suffix) -> address: writes STEM_files/1.png, 2.png, ... beside the page."
     from base64 import b64decode
@@ -390,7 +392,7 @@ def picture_saver(folder: Path, stem: str):
         return name
     return save
 
-# %% ../nbs/24_site.ipynb #0067abcd
+# %% ../nbs/24_site.ipynb #0076abcd
 def render_page(page: str, read: dict, config: dict, bib: dict, out: Path) -> list:  # entries of the search index
     "One page of the plain build; `read`: file -> (front matter, cells)."
     (meta, cells), contents = read[page], config["website"]["sidebar"]["contents"]
@@ -404,13 +406,14 @@ def render_page(page: str, read: dict, config: dict, bib: dict, out: Path) -> li
     if cited: body += '<ol class="references">' + "".join(f'<li id="ref-{k}">{full_citation(bib[k])}</li>' for k in cited) + "</ol>"
     headings = "".join(f'<li class="level{l}"><a href="#{i}">{html.escape(t)}</a></li>' for l, i, t in toc)
     target.write_text(TEMPLATE.format(
-        title=html.escape(links[page][1]), description=html.escape(str(meta.get("description", ""))), up=up, body=body, facts=facts_html(meta),
+        title=html.escape(links[page][1]),
+        description=html.escape(str(meta.get("description", ""))), up=up, body=body, facts=facts_html(meta),
         site=html.escape(config["website"]["title"]), sidebar=sidebar_html(contents, links, page, up),
-        way=way_html([f for _, f in reading_order(contents)], links, page, up), toc=f"<p>On this page</p><ul>{headings}</ul>" if headings else ""), encoding="utf-8")
+        way=way_html([f for _, f in reading_order(contents)], links, page, up),
+        toc=f"<p>On this page</p><ul>{headings}</ul>" if headings else ""), encoding="utf-8")
     return [{"p": address, "t": links[page][1], "h": "", "x": str(meta.get("description", ""))},
             *({"p": f"{address}#{i}", "t": links[page][1], "h": t, "x": ""} for _, i, t in toc)]
 
-# %% ../nbs/24_site.ipynb #0068abcd
 def render_plain(proc: Path, config: dict) -> Path:  # the folder of finished pages
     "The site without Quarto, from the same folder; whatever is not a page is copied beside the pages."
     out = proc / config["project"]["output-dir"]
@@ -426,7 +429,7 @@ def render_plain(proc: Path, config: dict) -> Path:  # the folder of finished pa
         shutil.copy2(path, out / path.relative_to(proc))
     return out
 
-# %% ../nbs/24_site.ipynb #0070abcd
+# %% ../nbs/24_site.ipynb #0078abcd
 def replace_folder(made: Path, out: Path):
     "Put the folder `made` where `out` is; whoever looks sees the old site or the new one."
     new, old = (out.with_name(f"{out.name}.{what}{os.getpid()}") for what in ("new", "old"))
@@ -435,7 +438,7 @@ def replace_folder(made: Path, out: Path):
     new.rename(out)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/24_site.ipynb #0072abcd
+# %% ../nbs/24_site.ipynb #0080abcd
 def build_site(out=None,     # where the site goes; None: _docs in the checkout
                quarto=None,  # path of Quarto; None: the one on PATH, if any; False: the plain build in any case
                *, root=None, # a folder in the checkout
@@ -454,7 +457,7 @@ def build_site(out=None,     # where the site goes; None: _docs in the checkout
     print(f"site: {len(list(out.rglob('*.html')))} pages, {len(list((proc / 'runs').glob('*/run.ipynb')))} of them runs, in {out.name}/")
     return out
 
-# %% ../nbs/24_site.ipynb #0079abcd
+# %% ../nbs/24_site.ipynb #0090abcd
 def readme_text(proc) -> str:
     "The processed index as plain markdown: outputs inlined, links and pictures relative to the checkout."
     meta, cells = front_matter(nbformat.read(Path(proc) / "index.ipynb", 4).cells)
@@ -479,7 +482,7 @@ def readme_output(output) -> str:
     if "text/markdown" in data: return data["text/markdown"]
     return "```\n" + data["text/plain"].rstrip() + "\n```" if data.get("text/plain") and not has_picture({"outputs": [output]}) else ""
 
-# %% ../nbs/24_site.ipynb #0080abcd
+# %% ../nbs/24_site.ipynb #0091abcd
 def make_readme(root=None) -> Path:
     "Write README.md of the checkout from nbs/index.ipynb."
     root = book_root(root)
@@ -487,7 +490,7 @@ def make_readme(root=None) -> Path:
     path.write_text(readme_text(process_notebooks(root, [name for name, _ in finished_runs(root / "nbs")[1]])), encoding="utf-8")
     return path
 
-# %% ../nbs/24_site.ipynb #0083abcd
+# %% ../nbs/24_site.ipynb #0096abcd
 MACHINE = re.compile(r"(?<![\w.:/~-])/(?:work|tmp|root|home/\w+|Users/\w+|mnt)/[\w.-]+")
 
 def parse_errors(text: str) -> list:
@@ -498,26 +501,7 @@ def parse_errors(text: str) -> list:
     parser.parse(text)
     return [f"line {line}: {code}" for (line, _), code, _ in parser.errors]
 
-# %% ../nbs/24_site.ipynb #0085abcd
-@lru_cache(maxsize=4096)
-def _anchors(path: Path, _time) -> frozenset:
-    "Names in a page that a link can point at."
-    return frozenset(re.findall(r"""\s(?:id|name)=["']([^"']+)["']""", path.read_text()))
-
-def check_link(address: str, page: Path, folder: Path) -> str:  # "" when it is fine
-    "One address of a page: does the file exist, and the anchor in it?"
-    parts = urlsplit(address)
-    if parts.scheme or parts.netloc or address == "#": return ""
-    if parts.path.startswith("/"): return f"link {address} begins at the root of the server: it breaks where the site lies in a folder"
-    target = (page.parent / unquote(parts.path)).resolve() if parts.path else page.resolve()
-    if not target.is_relative_to(folder.resolve()): return f"link {address} leaves the site"
-    if target.is_dir(): target = target / "index.html"
-    if not target.is_file(): return f"link {address} leads nowhere"
-    if parts.fragment and target.suffix == ".html" and unquote(parts.fragment) not in _anchors(target, target.stat().st_mtime_ns):
-        return f"link {address}: no such anchor"
-    return ""
-
-# %% ../nbs/24_site.ipynb #0086abcd
+# %% ../nbs/24_site.ipynb #0099abcd
 def check_page(page: Path, folder: Path) -> list:
     "Problems of one HTML page."
     from bs4 import BeautifulSoup
@@ -537,7 +521,7 @@ def check_page(page: Path, folder: Path) -> list:
     problems += [f"{e.get_text()} is not resolved" for e in soup.select(".unresolved, .quarto-unresolved-ref")]
     return problems + [f"path of a machine: {m}" for m in sorted(set(MACHINE.findall(text)))]
 
-# %% ../nbs/24_site.ipynb #0087abcd
+# %% ../nbs/24_site.ipynb #0101abcd
 def check_site(folder, root=None) -> list:  # "page: problem", empty when all is well
     "Check a built site; with `root`, also that it holds every chapter of the reading order and every finished run."
     folder = Path(folder)
@@ -550,7 +534,7 @@ def check_site(folder, root=None) -> list:  # "page: problem", empty when all is
     names = {f: {page_address(f), page_address(re.sub(r"^\d+_", "", f))} for f in wanted + [page for page, _ in finished_runs(nbs)[0]]}
     return problems + [f"{f}: not in the site" for f, either in names.items() if not either & pages]
 
-# %% ../nbs/24_site.ipynb #0093abcd
+# %% ../nbs/24_site.ipynb #0109abcd
 def check_cells(cells) -> list:
     "Problems of the cells of a chapter that nbdev or Quarto would stumble over."
     problems, exported = [], False
@@ -560,12 +544,14 @@ def check_cells(cells) -> list:
         if cell.cell_type == "code":
             problems += [f"cell {n} ended with {o.ename}: {o.evalue[:80]}" for o in cell.outputs if o.output_type == "error"]
             marked = bool(re.match(r"(?:#\|.*\n)*#\|\s*export\b", cell.source))
-            if imports and not marked and any(re.match(r"[A-Za-z_]", l) and l not in imports for l in lines): problems.append(f"cell {n} mixes imports with other code")
+            other = [l for l in lines if re.match(r"[A-Za-z_]", l) and l not in imports]
+            if imports and other and not marked: problems.append(f"cell {n} mixes imports with other code")
             exported |= marked and bool(re.search(r"^(?:def|class) [a-zA-Z]", cell.source, re.M))
-        elif exported and re.search(r"^```\{?mermaid", cell.source, re.M): problems.append(f"cell {n}: a diagram after the first exported function is not drawn")
+        elif exported and re.search(r"^```\{?mermaid", cell.source, re.M):
+            problems.append(f"cell {n}: a diagram after the first exported function is not drawn")
     return problems
 
-# %% ../nbs/24_site.ipynb #0095abcd
+# %% ../nbs/24_site.ipynb #0112abcd
 def check_notebook(path: Path, nbs: Path, keys: set) -> list:
     "Problems of one notebook: format, title, cells, citations, links."
     try:
@@ -583,7 +569,6 @@ def check_notebook(path: Path, nbs: Path, keys: set) -> list:
                      if not urlsplit(a).scheme and (file := unquote(urlsplit(a).path)) and not (path.parent / file).exists()]
     return problems
 
-# %% ../nbs/24_site.ipynb #0096abcd
 def check_sources(root=None) -> list:
     "Check every notebook of the checkout: \"file: problem\"."
     root = book_root(root)
