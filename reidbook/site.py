@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CODE', 'RUN_FIELDS', 'SCRIPT', 'ACCENTS', 'INLINE', 'TEMPLATE', 'MACHINE', 'book_root', 'read_config', 'present',
            'reading_order', 'options', 'first_sentence', 'has_picture', 'BookPage', 'front_matter', 'finished_runs',
-           'process_notebooks', 'prepare', 'render_quarto', 'mathml', 'untex', 'short_citation', 'full_citation',
-           'cite_html', 'figure_html', 'markdown_html', 'output_html', 'code_html', 'cell_html', 'heading_id',
-           'page_address', 'finish_html', 'sidebar_html', 'way_html', 'facts_html', 'listing_html', 'read_page',
-           'picture_saver', 'render_page', 'render_plain', 'replace_folder', 'build_site', 'readme_text',
-           'readme_prose', 'readme_output', 'make_readme', 'parse_errors', 'check_page', 'check_site', 'check_cells',
-           'check_notebook', 'check_sources']
+           'process_notebooks', 'prepare', 'render_quarto', 'mathml', 'untex', 'read_bib', 'short_citation',
+           'full_citation', 'cite_html', 'figure_html', 'markdown_html', 'output_html', 'code_html', 'cell_html',
+           'heading_id', 'page_address', 'finish_html', 'sidebar_html', 'way_html', 'facts_html', 'listing_html',
+           'read_page', 'picture_saver', 'render_page', 'render_plain', 'replace_folder', 'build_site', 'readme_text',
+           'readme_prose', 'readme_output', 'make_readme', 'parse_errors', 'check_link', 'check_page', 'check_site',
+           'check_cells', 'check_notebook', 'check_sources']
 
 # %% ../nbs/24_site.ipynb #0002abcd
 import html, importlib.util, json, os, re, shutil, subprocess, sys, unicodedata
@@ -191,7 +191,16 @@ def untex(text: str) -> str:
     text = re.sub(r"""\{?\\(["'`^~=]|[vcu](?=[ {]))\s*\{?\\?([A-Za-z])\}?\}?""", lambda m: unicodedata.normalize("NFC", m[2] + ACCENTS[m[1]]), text)
     return re.sub(r"\s+", " ", text.replace("\\&", "&").replace("--", "–").replace("{", "").replace("}", "")).strip()
 
-# %% ../nbs/24_site.ipynb #0047abcd
+# %% ../nbs/24_site.ipynb #0045abcd
+def read_bib(text: str) -> dict:  # key -> dict of fields
+    "A BibTeX file: entries with fields in braces or quotes."
+    entries = {}
+    for kind, key, body in re.findall(r"@(\w+)\s*\{\s*([^,\s]+)\s*,(.*?)\n?\}\s*(?=@|\Z)", text, re.S):
+        fields = re.findall(r"(\w+)\s*=\s*(?:\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}|\"([^\"]*)\"|(\d+))", body)
+        entries[key] = {"kind": kind.lower(), **{k.lower(): untex(a or b or c) for k, a, b, c in fields}}
+    return entries
+
+# %% ../nbs/24_site.ipynb #0048abcd
 def short_citation(entry: dict) -> str:
     "`Zhong et al. 2017`."
     names = [n.split(",")[0] if "," in n else n.split()[-1] for n in entry.get("author", entry.get("title", "?")).split(" and ")]
@@ -207,7 +216,7 @@ def full_citation(entry: dict) -> str:
     text = html.escape(f"{who} ({entry.get('year', 'n.d.')}). {entry.get('title', '')}. {where}.".replace("..", "."))
     return text + (f' <a href="{html.escape(address)}">{html.escape(address.removeprefix("https://"))}</a>' if address else "")
 
-# %% ../nbs/24_site.ipynb #0050abcd
+# %% ../nbs/24_site.ipynb #0051abcd
 INLINE = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?=\S)(?P<math>[^$\n]*?\S|\S)\$(?![\d$])|\[(?P<cite>[^\[\]]*@[\w:-]+[^\[\]]*)\](?!\()"
                     r"|\[\]\{#(?P<anchor>[\w.-]+)\}"
                     r"|^!\[(?P<caption>[^\[\]]*)\]\((?P<src>[^)\s]+)\)(?:\{(?P<attributes>[^}]*)\})?[ \t]*$", re.S | re.M)
@@ -251,7 +260,7 @@ def markdown_html(text: str, bib={}, cited=None) -> str:
     for _ in range(2): out = re.sub(r"KEEP(\d+)KEPT", lambda m: kept[int(m[1])], out)
     return re.sub(r"<p>((?:<span id=[^>]*></span>\s*)+|<pre class=\"diagram\">.*?</pre>|<figure.*?</figure>)</p>", r"\1", out, flags=re.S)
 
-# %% ../nbs/24_site.ipynb #0054abcd
+# %% ../nbs/24_site.ipynb #0055abcd
 def output_html(output, save,  # save(bytes, suffix) -> address of the file
                 alt: str, bib={}, cited=None) -> str:
     "One output of a cell."
@@ -268,7 +277,7 @@ def output_html(output, save,  # save(bytes, suffix) -> address of the file
     if "text/latex" in data: return mathml(data["text/latex"].strip("$ \n"), True)
     return f'<pre>{html.escape(strip_ansi(data["text/plain"]))}</pre>' if "text/plain" in data else ""
 
-# %% ../nbs/24_site.ipynb #0057abcd
+# %% ../nbs/24_site.ipynb #0058abcd
 def code_html(source: str) -> str:
     from nbconvert.filters import Highlight2HTML
     return Highlight2HTML()(source, language="ipython3").strip()
@@ -287,7 +296,7 @@ def cell_html(cell, save, bib={}, cited=None) -> str:
         shown = f'<figure{name}>{shown}<figcaption>{words}</figcaption></figure>'
     return f'<div class="cell">{"".join(parts)}{shown}</div>'
 
-# %% ../nbs/24_site.ipynb #0059abcd
+# %% ../nbs/24_site.ipynb #0060abcd
 def heading_id(text: str, taken: set) -> str:
     "Pandoc's automatic identifier."
     name = re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", text.lower()).strip())
@@ -296,7 +305,7 @@ def heading_id(text: str, taken: set) -> str:
     taken.add(name := f"{name}-{n}" if n else name)
     return name
 
-# %% ../nbs/24_site.ipynb #0061abcd
+# %% ../nbs/24_site.ipynb #0062abcd
 def page_address(name: str,  # runs/a/run.ipynb
                  meta={},    # its front matter; nbdev names the page of 06_noise.ipynb noise.html there
                  ) -> str:
@@ -319,7 +328,7 @@ def finish_html(body: str, page="", addresses={}):  # html, list of (level, id, 
     body = re.sub(r"<h([1-6])[^>]*>(.*?)</h\1>", heading, body, flags=re.S)
     return re.sub(r'(<a\s[^>]*?href=")([^"]*)"', link, re.sub(r"<style\b.*?</style>", "", body, flags=re.S)), toc
 
-# %% ../nbs/24_site.ipynb #0065abcd
+# %% ../nbs/24_site.ipynb #0066abcd
 def sidebar_html(contents: list, links: dict, here: str, up: str) -> str:  # `links`: file -> (address, title)
     "The reading order as nested lists; `here` is marked."
     def entry(e):
@@ -335,7 +344,7 @@ def way_html(order: list, links: dict, here: str, up: str) -> str:
     before = f'<a href="{up}{links[order[n - 1]][0]}">← {html.escape(links[order[n - 1]][1])}</a>' if n else "<span></span>"
     return before + (f'<a href="{up}{links[order[n + 1]][0]}">{html.escape(links[order[n + 1]][1])} →</a>' if n + 1 < len(order) else "")
 
-# %% ../nbs/24_site.ipynb #0066abcd
+# %% ../nbs/24_site.ipynb #0067abcd
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="generator" content="reidbook.site (plain build: Quarto was not found)"><title>{title} – {site}</title>
@@ -352,14 +361,14 @@ TEMPLATE = """<!DOCTYPE html>
 <script>const up = "{up}"</script><script src="{up}search-index.js"></script><script src="{up}plain.js"></script></body></html>
 """
 
-# %% ../nbs/24_site.ipynb #0068abcd
+# %% ../nbs/24_site.ipynb #0069abcd
 def facts_html(meta: dict) -> str:
     "The front matter of a run as a line of facts."
     shown = [k for k in ("dataset", "method", "seed", "mAP", "rank1", "minutes", "date") if meta.get(k) is not None]
     facts = "".join(f"<div><dt>{k}</dt><dd>{html.escape(str(meta[k]))}</dd></div>" for k in shown)
     return f'<dl class="facts">{facts}</dl>' if len(shown) > 1 else ""
 
-# %% ../nbs/24_site.ipynb #0071abcd
+# %% ../nbs/24_site.ipynb #0072abcd
 def listing_html(listing: dict, runs: list) -> str:
     "The results table: the fields of the page's own `listing`, one row per run; plain.js sorts it by a click on a heading."
     fields, names = listing["fields"], listing.get("field-display-names", {})
@@ -373,7 +382,7 @@ def listing_html(listing: dict, runs: list) -> str:
     rows = "".join(f"<tr>{''.join(cell(p, m, f) for f in fields)}</tr>" for p, m in order)
     return f'<div class="table-wrap"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
-# %% ../nbs/24_site.ipynb #0074abcd
+# %% ../nbs/24_site.ipynb #0075abcd
 def read_page(path: Path):  # front matter, cells
     "A staged notebook or Quarto document."
     if path.suffix == ".ipynb": return front_matter(nbformat.read(path, 4).cells)
@@ -392,7 +401,7 @@ def picture_saver(folder: Path, stem: str):
         return name
     return save
 
-# %% ../nbs/24_site.ipynb #0076abcd
+# %% ../nbs/24_site.ipynb #0077abcd
 def render_page(page: str, read: dict, config: dict, bib: dict, out: Path) -> list:  # entries of the search index
     "One page of the plain build; `read`: file -> (front matter, cells)."
     (meta, cells), contents = read[page], config["website"]["sidebar"]["contents"]
@@ -429,7 +438,7 @@ def render_plain(proc: Path, config: dict) -> Path:  # the folder of finished pa
         shutil.copy2(path, out / path.relative_to(proc))
     return out
 
-# %% ../nbs/24_site.ipynb #0078abcd
+# %% ../nbs/24_site.ipynb #0079abcd
 def replace_folder(made: Path, out: Path):
     "Put the folder `made` where `out` is; whoever looks sees the old site or the new one."
     new, old = (out.with_name(f"{out.name}.{what}{os.getpid()}") for what in ("new", "old"))
@@ -438,7 +447,7 @@ def replace_folder(made: Path, out: Path):
     new.rename(out)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/24_site.ipynb #0080abcd
+# %% ../nbs/24_site.ipynb #0081abcd
 def build_site(out=None,     # where the site goes; None: _docs in the checkout
                quarto=None,  # path of Quarto; None: the one on PATH, if any; False: the plain build in any case
                *, root=None, # a folder in the checkout
@@ -457,7 +466,7 @@ def build_site(out=None,     # where the site goes; None: _docs in the checkout
     print(f"site: {len(list(out.rglob('*.html')))} pages, {len(list((proc / 'runs').glob('*/run.ipynb')))} of them runs, in {out.name}/")
     return out
 
-# %% ../nbs/24_site.ipynb #0090abcd
+# %% ../nbs/24_site.ipynb #0091abcd
 def readme_text(proc) -> str:
     "The processed index as plain markdown: outputs inlined, links and pictures relative to the checkout."
     meta, cells = front_matter(nbformat.read(Path(proc) / "index.ipynb", 4).cells)
@@ -482,7 +491,7 @@ def readme_output(output) -> str:
     if "text/markdown" in data: return data["text/markdown"]
     return "```\n" + data["text/plain"].rstrip() + "\n```" if data.get("text/plain") and not has_picture({"outputs": [output]}) else ""
 
-# %% ../nbs/24_site.ipynb #0091abcd
+# %% ../nbs/24_site.ipynb #0092abcd
 def make_readme(root=None) -> Path:
     "Write README.md of the checkout from nbs/index.ipynb."
     root = book_root(root)
@@ -490,7 +499,7 @@ def make_readme(root=None) -> Path:
     path.write_text(readme_text(process_notebooks(root, [name for name, _ in finished_runs(root / "nbs")[1]])), encoding="utf-8")
     return path
 
-# %% ../nbs/24_site.ipynb #0096abcd
+# %% ../nbs/24_site.ipynb #0097abcd
 MACHINE = re.compile(r"(?<![\w.:/~-])/(?:work|tmp|root|home/\w+|Users/\w+|mnt)/[\w.-]+")
 
 def parse_errors(text: str) -> list:
@@ -501,7 +510,26 @@ def parse_errors(text: str) -> list:
     parser.parse(text)
     return [f"line {line}: {code}" for (line, _), code, _ in parser.errors]
 
-# %% ../nbs/24_site.ipynb #0099abcd
+# %% ../nbs/24_site.ipynb #0100abcd
+@lru_cache(maxsize=4096)
+def _anchors(path: Path, _time) -> frozenset:
+    "Names in a page that a link can point at."
+    return frozenset(re.findall(r"""\s(?:id|name)=["']([^"']+)["']""", path.read_text()))
+
+def check_link(address: str, page: Path, folder: Path) -> str:  # "" when it is fine
+    "One address of a page: does the file exist, and the anchor in it?"
+    parts = urlsplit(address)
+    if parts.scheme or parts.netloc or address == "#": return ""
+    if parts.path.startswith("/"): return f"link {address} begins at the root of the server: it breaks where the site lies in a folder"
+    target = (page.parent / unquote(parts.path)).resolve() if parts.path else page.resolve()
+    if not target.is_relative_to(folder.resolve()): return f"link {address} leaves the site"
+    if target.is_dir(): target = target / "index.html"
+    if not target.is_file(): return f"link {address} leads nowhere"
+    if parts.fragment and target.suffix == ".html" and unquote(parts.fragment) not in _anchors(target, target.stat().st_mtime_ns):
+        return f"link {address}: no such anchor"
+    return ""
+
+# %% ../nbs/24_site.ipynb #0102abcd
 def check_page(page: Path, folder: Path) -> list:
     "Problems of one HTML page."
     from bs4 import BeautifulSoup
@@ -521,7 +549,7 @@ def check_page(page: Path, folder: Path) -> list:
     problems += [f"{e.get_text()} is not resolved" for e in soup.select(".unresolved, .quarto-unresolved-ref")]
     return problems + [f"path of a machine: {m}" for m in sorted(set(MACHINE.findall(text)))]
 
-# %% ../nbs/24_site.ipynb #0101abcd
+# %% ../nbs/24_site.ipynb #0104abcd
 def check_site(folder, root=None) -> list:  # "page: problem", empty when all is well
     "Check a built site; with `root`, also that it holds every chapter of the reading order and every finished run."
     folder = Path(folder)
@@ -534,7 +562,7 @@ def check_site(folder, root=None) -> list:  # "page: problem", empty when all is
     names = {f: {page_address(f), page_address(re.sub(r"^\d+_", "", f))} for f in wanted + [page for page, _ in finished_runs(nbs)[0]]}
     return problems + [f"{f}: not in the site" for f, either in names.items() if not either & pages]
 
-# %% ../nbs/24_site.ipynb #0109abcd
+# %% ../nbs/24_site.ipynb #0112abcd
 def check_cells(cells) -> list:
     "Problems of the cells of a chapter that nbdev or Quarto would stumble over."
     problems, exported = [], False
@@ -551,7 +579,7 @@ def check_cells(cells) -> list:
             problems.append(f"cell {n}: a diagram after the first exported function is not drawn")
     return problems
 
-# %% ../nbs/24_site.ipynb #0112abcd
+# %% ../nbs/24_site.ipynb #0115abcd
 def check_notebook(path: Path, nbs: Path, keys: set) -> list:
     "Problems of one notebook: format, title, cells, citations, links."
     try:
