@@ -1,15 +1,15 @@
-# make demo | test | lab | site | help: each sets up .venv on first use.
+# make demo | test | lab | site | export | help: each sets up .venv on first use.
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test lab site
+.PHONY: help demo test lab site export
 help:  ## list these commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
 
 demo: $(VENV)/.installed  ## make the synthetic set, train the baseline through papermill, build the site
 	$(BIN)/reidbook data make synthetic-small
-	$(BIN)/reidbook run --dataset synthetic-small --method baseline
+	$(BIN)/reidbook run --dataset synthetic-small --method baseline --seed 0
 	$(BIN)/reidbook ls
 	$(BIN)/reidbook site
 
@@ -21,6 +21,11 @@ lab: $(VENV)/.installed  ## open JupyterLab at the tour
 
 site: $(VENV)/.installed  ## render the book and its runs into _docs/
 	$(BIN)/reidbook site
+
+export: $(VENV)/.installed  ## after editing notebooks: modules, clean notebooks, README
+	$(BIN)/nbdev_export && rm -f pyproject.toml  # setup.py and settings.ini say it all
+	$(BIN)/nbdev_clean
+	$(BIN)/python -c 'from reidbook.site import make_readme; make_readme()'
 
 # torch and faiss are their CUDA builds: about 7 GB, a minute or two
 $(VENV)/.installed: settings.ini setup.py constraints.txt

@@ -247,7 +247,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     "The options of `reidbook bench`."
     parser.add_argument("--sizes", type=int, nargs="*", default=[4000, 12936], help="numbers of images for clustering")
     parser.add_argument("--dim", type=int, default=2048, help="feature length")
-    parser.add_argument("--full", action="store_true", help="all committed rows, up to 1,000,000 images (takes most of an hour)")
+    parser.add_argument("--full", action="store_true", help="all committed rows, up to 1,000,000 images (a quarter of an hour)")
     parser.add_argument("--no-reference", action="store_true", help="skip the dense implementation of tests/reference.py")
     parser.add_argument("--out", help="write the results to this .json")
     return parser

@@ -78,7 +78,7 @@ def data_check(args):
 def bench(args):
     "The engine against a dense reference."
     from reidbook import bench as module
-    module.main(args.words)
+    module.main(args.rest)
 
 def site(args):
     "Render the book and its runs."
@@ -90,8 +90,8 @@ def parser():
     "All commands and their words."
     top = argparse.ArgumentParser(prog="reidbook", description="Run, check and render the book of unsupervised re-identification.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    def command(name, function, *words, into=commands):
-        p = into.add_parser(name, help=function.__doc__, description=function.__doc__)
+    def command(name, function, *words, into=commands, **options):
+        p = into.add_parser(name, help=function.__doc__, description=function.__doc__, **options)
         p.set_defaults(function=function)
         for flags, options in words: p.add_argument(*flags.split(), **options)
     root = ("--root", dict(metavar="FOLDER", help="folder that holds the data sets (default: $REIDBOOK_DATA or data/)"))
@@ -106,14 +106,16 @@ def parser():
     name = ("name", dict(help="name of the data set, such as synthetic-small or market1501"))
     command("make", data_make, name, root, into=data)
     command("check", data_check, name, root, ("--json", dict(action="store_true", help="machine-readable report")), into=data)
-    command("bench", bench, ("words", dict(nargs=argparse.REMAINDER, help="see reidbook bench --help")))
+    command("bench", bench, add_help=False)  # it has words of its own, its --help too
     command("site", site, ("--out", dict(metavar="FOLDER", help="default: _docs/")))
     return top
 
 # %% ../nbs/25_cli.ipynb #0019abcd
 def main(words=None):
     "The `reidbook` command: its exit code."
-    args = parser().parse_args(words)
+    args, rest = parser().parse_known_args(words)
+    if rest and args.command != "bench": parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
     try: args.function(args)
     except (ValueError, FileNotFoundError) as e: code, said = 2, str(e)
     except RuntimeError as e: code, said = 1, str(e)

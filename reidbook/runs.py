@@ -219,7 +219,8 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
     if (read_manifest(out) or {}).get("status") == "done" and (out / "run.ipynb").exists() and not again:
         print(f"already done: {out / 'run.ipynb'} (repeat it with --again)")
         return out
-    values = {"dataset": dataset, "method": method, "seed": seed, "root": root and str(root), "device": device, "settings": settings or {}, "out": str(out)}
+    values = {"dataset": dataset, "method": method, "seed": seed, "root": root and str(root), "device": device, "settings": settings or {},
+              "out": os.path.relpath(out, template.parent)}  # the kernel works in the template's folder; no machine path in a notebook
     if set(values) - known: raise ValueError(f"{template.name} has no parameter {', '.join(sorted(set(values) - known))}: its parameters cell names {', '.join(sorted(known))}")
     if again and out.exists():
         for f in ("checkpoint.pt", "metrics.jsonl", "manifest.json", "run.ipynb"): (out / f).unlink(missing_ok=True)
