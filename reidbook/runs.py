@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'REPORTING', 'method_names', 'get_method', 'code_digest', 'describe', 'checkout', 'runs_dir', 'write_json',
            'hardware', 'versions', 'now', 'begin', 'finish', 'epoch_line', 'free_baselines', 'choices',
-           'show_rank_lists', 'template_parameters', 'execute', 'publish', 'read_manifest', 'ledger', 'results_table',
-           'markdown_table']
+           'show_rank_lists', 'template_parameters', 'execute', 'merge_streams', 'publish', 'read_manifest', 'ledger',
+           'results_table', 'markdown_table']
 
-# %% ../nbs/20_runs.ipynb #0002abcd
+# %% ../nbs/20_runs.ipynb #0003abcd
 import ast
 import hashlib
 import importlib
@@ -34,7 +34,7 @@ import reidbook.methods
 from . import training
 from .data import column, data_root, dataset_digest, load_images, open_dataset
 
-# %% ../nbs/20_runs.ipynb #0006abcd
+# %% ../nbs/20_runs.ipynb #0007abcd
 def method_names() -> list:
     "Names of the methods that are installed, in the order of their chapters' names."
     return sorted(m.name for m in pkgutil.iter_modules(reidbook.methods.__path__))
@@ -44,11 +44,11 @@ def get_method(name):
     if name not in method_names(): raise ValueError(f"unknown method {name!r}: expected one of {', '.join(method_names())}")
     return importlib.import_module(f"reidbook.methods.{name}").METHOD
 
-# %% ../nbs/20_runs.ipynb #0010abcd
+# %% ../nbs/20_runs.ipynb #0011abcd
 PACKAGE = Path(reidbook.__file__).parent
 REPORTING = {"runs", "cli", "site", "bench", "noise"}  # they describe results and do not make them
 
-# %% ../nbs/20_runs.ipynb #0011abcd
+# %% ../nbs/20_runs.ipynb #0012abcd
 def _bare(source):
     "Python source without comments, docstrings and layout."
     tree = ast.parse(source)
@@ -58,14 +58,14 @@ def _bare(source):
             node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str))] or [ast.Pass()]
     return ast.unparse(tree)
 
-# %% ../nbs/20_runs.ipynb #0013abcd
+# %% ../nbs/20_runs.ipynb #0014abcd
 def code_digest(method) -> str:
     "Ten hex digits over the executable source of every module that a run of `method` computes with."
     files = [f for f in sorted(PACKAGE.glob("*.py")) if f.stem not in REPORTING and not f.stem.startswith("_")]
     files += [PACKAGE / "methods" / f"{name}.py" for name in sorted({"baseline", method})]
     return hashlib.sha1("\n".join(_bare(f.read_text(encoding="utf-8")) for f in files).encode()).hexdigest()[:10]
 
-# %% ../nbs/20_runs.ipynb #0014abcd
+# %% ../nbs/20_runs.ipynb #0015abcd
 def describe(dataset,     # name for `open_dataset`
              method,      # name of a method
              seed=1,
@@ -86,7 +86,7 @@ def describe(dataset,     # name for `open_dataset`
     run_id = hashlib.sha1(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:10]
     return SimpleNamespace(dataset=data, method=cls, device=device, settings=full, identity=identity, run_id=run_id, name=f"{dataset}-{method}-s{seed}-{run_id}")
 
-# %% ../nbs/20_runs.ipynb #0020abcd
+# %% ../nbs/20_runs.ipynb #0021abcd
 def checkout() -> Path:
     "The checkout of this book: where the package lies, or the working folder or one above it."
     for folder in (PACKAGE.parent, Path.cwd(), *Path.cwd().parents):
@@ -97,14 +97,14 @@ def runs_dir() -> Path:
     "Where executed runs live."
     return checkout() / "nbs" / "runs"
 
-# %% ../nbs/20_runs.ipynb #0021abcd
+# %% ../nbs/20_runs.ipynb #0022abcd
 def write_json(path, blob):
     "Write beside, then rename: the file is whole or it is the old one."
     temporary = Path(path).with_suffix(".tmp")
     temporary.write_text(json.dumps(blob, indent=1, default=str) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
-# %% ../nbs/20_runs.ipynb #0022abcd
+# %% ../nbs/20_runs.ipynb #0023abcd
 def hardware() -> dict:
     "What the run is running on."
     cpu = platform.processor() or platform.machine()
@@ -121,7 +121,7 @@ def versions() -> dict:
         except metadata.PackageNotFoundError: pass
     return out
 
-# %% ../nbs/20_runs.ipynb #0023abcd
+# %% ../nbs/20_runs.ipynb #0024abcd
 def now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 def begin(dataset, method, seed=1, root=None, device="auto", out=None, settings=None):
@@ -138,7 +138,7 @@ def begin(dataset, method, seed=1, root=None, device="auto", out=None, settings=
     run.state = training.start(run.dataset, run.method, run.settings, seed, run.out, device, cache=data_root(root) / ".cache")
     return run
 
-# %% ../nbs/20_runs.ipynb #0024abcd
+# %% ../nbs/20_runs.ipynb #0025abcd
 def finish(run, **more):
     "Close a run: the last epoch is the result, best-on-test stands beside it under that name; the manifest says `done`."
     history = run.state.history
@@ -154,7 +154,7 @@ def finish(run, **more):
     write_json(run.out / "manifest.json", run.manifest)
     return run.manifest
 
-# %% ../nbs/20_runs.ipynb #0026abcd
+# %% ../nbs/20_runs.ipynb #0027abcd
 def epoch_line(r) -> str:
     "One printed line about an epoch."
     line = f"epoch {r['epoch']:3d}  loss {r['loss']:.3f}  {r['clusters']:4d} clusters  {r['outliers']:5d} outliers"
@@ -162,7 +162,7 @@ def epoch_line(r) -> str:
     if "mAP" in r: line += f"  test mAP {r['mAP']:6.1%} rank-1 {r['rank1']:6.1%}"
     return line + f"  ({sum(v for k, v in r.items() if k.startswith('seconds')):.1f} s)"
 
-# %% ../nbs/20_runs.ipynb #0029abcd
+# %% ../nbs/20_runs.ipynb #0030abcd
 def free_baselines(t) -> dict:
     "mAP on the test set of the untrained model's features, of centre-cropped pixels and of a camera-centred colour histogram."
     from reidbook.evaluation import evaluate
@@ -175,14 +175,14 @@ def free_baselines(t) -> dict:
     return {"start": float(training.test(t)[0].mAP), "pixels": float(evaluate(pixel_features(q), pixel_features(g), *ids).mAP),
             "histogram": float(evaluate(*colours, *ids).mAP)}
 
-# %% ../nbs/20_runs.ipynb #0031abcd
+# %% ../nbs/20_runs.ipynb #0032abcd
 def choices(history) -> pd.DataFrame:
     "The last epoch, which is the result, beside the best on the test set, which is what the papers report."
     tested = [r for r in history if "mAP" in r]
     if not tested: return pd.DataFrame({"last epoch": history[-1]}).T
     return pd.DataFrame({"last epoch": tested[-1], "best on test": max(tested, key=lambda r: r["mAP"])}).loc[["epoch", "mAP", "rank1", "mINP"]].T
 
-# %% ../nbs/20_runs.ipynb #0032abcd
+# %% ../nbs/20_runs.ipynb #0033abcd
 def show_rank_lists(t,       # a training state
                     result,  # from `training.test`
                     n=5,     # queries, spread over the query table
@@ -196,7 +196,7 @@ def show_rank_lists(t,       # a training state
     order = rank_lists(query.global_, gallery.global_, k, q_pids, g_pids, q_cams, g_cams, rows=rows)
     return plot_rank_lists(list(t.dataset.query.path.iloc[rows]), list(t.dataset.gallery.path), order, q_pids[rows], g_pids)
 
-# %% ../nbs/20_runs.ipynb #0034abcd
+# %% ../nbs/20_runs.ipynb #0035abcd
 def template_parameters(template) -> set:
     "Names in the template's tagged parameters cell; ValueError when no cell is tagged."
     import nbformat
@@ -206,7 +206,7 @@ def template_parameters(template) -> set:
     if len(cells) != 1: raise ValueError(f"{template.name} has {len(cells)} cells tagged 'parameters', expected 1: tag the cell that holds the defaults")
     return {node.target.id if isinstance(node, ast.AnnAssign) else node.targets[0].id for node in ast.parse(cells[0].source).body}
 
-# %% ../nbs/20_runs.ipynb #0038abcd
+# %% ../nbs/20_runs.ipynb #0039abcd
 def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
             again=False,     # run it even if it is done
             template=None,   # another notebook with the same parameters
@@ -227,7 +227,7 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
     out.mkdir(parents=True, exist_ok=True)
     return _execute(template, out, values)
 
-# %% ../nbs/20_runs.ipynb #0039abcd
+# %% ../nbs/20_runs.ipynb #0040abcd
 def _execute(template, out, values):
     "papermill, then the check that the run itself says it is done, then the rename."
     import papermill
@@ -246,7 +246,16 @@ def _execute(template, out, values):
     partial.unlink()
     return out
 
-# %% ../nbs/20_runs.ipynb #0040abcd
+# %% ../nbs/20_runs.ipynb #0041abcd
+def merge_streams(outputs) -> list:
+    "Printed lines that follow each other as one output: papermill keeps every `print` apart."
+    merged = []
+    for o in outputs:
+        if merged and o.output_type == "stream" == merged[-1].output_type and o.name == merged[-1].name: merged[-1].text += o.text
+        else: merged.append(o)
+    return merged
+
+# %% ../nbs/20_runs.ipynb #0042abcd
 def publish(source, target, manifest):
     "Give an executed notebook its title and front matter, and rename it into place."
     import nbformat
@@ -262,19 +271,19 @@ def publish(source, target, manifest):
     nb.cells = [lead] + cells
     for c in nb.cells:
         c.metadata = {k: v for k, v in c.metadata.items() if k == "tags"}
-        if c.cell_type == "code": c.execution_count = None
+        if c.cell_type == "code": c.execution_count, c.outputs = None, merge_streams(c.outputs)
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     temporary = target.with_suffix(".tmp")
     nbformat.write(nb, temporary)
     os.replace(temporary, target)
 
-# %% ../nbs/20_runs.ipynb #0042abcd
+# %% ../nbs/20_runs.ipynb #0044abcd
 def read_manifest(folder):
     "The manifest in `folder`, or None when there is none or it cannot be read."
     try: return json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
 
-# %% ../nbs/20_runs.ipynb #0043abcd
+# %% ../nbs/20_runs.ipynb #0045abcd
 def ledger(folder=None) -> pd.DataFrame:
     "All runs that are done, one row each, newest last; `.attrs['damaged']` names the folders that are not, and why."
     rows, damaged = [], {}
@@ -292,7 +301,7 @@ def ledger(folder=None) -> pd.DataFrame:
     table.attrs["damaged"] = damaged
     return table
 
-# %% ../nbs/20_runs.ipynb #0044abcd
+# %% ../nbs/20_runs.ipynb #0046abcd
 def results_table(table,          # from `ledger`
                   ) -> pd.DataFrame:
     "Mean and standard deviation over seeds, in percent, for every data set, method and set of changed settings."
@@ -303,7 +312,7 @@ def results_table(table,          # from `ledger`
            for (d, m, s), g in groups]
     return pd.DataFrame(out)
 
-# %% ../nbs/20_runs.ipynb #0046abcd
+# %% ../nbs/20_runs.ipynb #0048abcd
 def markdown_table(table) -> str:
     "A data frame as a Markdown table."
     rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]

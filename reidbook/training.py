@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'SYNTHETIC', 'DATASETS', 'STARTS', 'by_dataset', 'resolve
            'seed_epoch', 'make_labels', 'check_labels', 'batches', 'view', 'train_epoch', 'has_test', 'test', 'epochs',
            'describe_labels', 'describe_test', 'save_checkpoint', 'load_checkpoint', 'plot_history']
 
-# %% ../nbs/09_training.ipynb #0002abcd
+# %% ../nbs/09_training.ipynb #0003abcd
 import json
 import os
 import time
@@ -25,7 +25,7 @@ from .models import create_model, extract_features, pick_device
 from .noise import label_quality
 from .synthetic import histogram_features, pixel_features
 
-# %% ../nbs/09_training.ipynb #0007abcd
+# %% ../nbs/09_training.ipynb #0008abcd
 SETTINGS = dict(
     height=256, width=128,                  # image size, pixels
     backbone="resnet50", weights="pretrained", pooling="gem",
@@ -40,7 +40,7 @@ SETTINGS = dict(
     eval_every=10,                          # epochs between tests; the last is always tested
 )
 
-# %% ../nbs/09_training.ipynb #0009abcd
+# %% ../nbs/09_training.ipynb #0010abcd
 SYNTHETIC = dict(height=64, width=32, backbone="small", bn_group_size=16, epochs=10, iterations=60, batch_size=64, instances=4,
                  lr=1e-3, lr_step=7, pad=4, erase=0.3, jitter=0.2, k1=12, k2=4, eps=0.6, eval_every=1)
 DATASETS = {
@@ -51,15 +51,15 @@ DATASETS = {
     "synthetic-large": dict(iterations=400, eval_every=5),
 }
 
-# %% ../nbs/09_training.ipynb #0011abcd
+# %% ../nbs/09_training.ipynb #0012abcd
 STARTS = {"pixels": lambda t: pixel_features(t.images), "histogram": lambda t: histogram_features(t.images, t.cams)}
 
-# %% ../nbs/09_training.ipynb #0012abcd
+# %% ../nbs/09_training.ipynb #0013abcd
 def by_dataset(table, dataset):
     "The entry for a data set: its own, or its family's (the name up to the first dash), or nothing."
     return table.get(dataset, table.get(dataset.split("-")[0], {}))
 
-# %% ../nbs/09_training.ipynb #0013abcd
+# %% ../nbs/09_training.ipynb #0014abcd
 def resolve(method,      # a Method class
             dataset,     # data set name
             **given,     # what the reader asked for; None means "the default"
@@ -77,7 +77,7 @@ def resolve(method,      # a Method class
     if settings["start"] not in ("model", *STARTS): raise ValueError(f"setting start={settings['start']!r}: expected model, {' or '.join(STARTS)}")
     return settings
 
-# %% ../nbs/09_training.ipynb #0015abcd
+# %% ../nbs/09_training.ipynb #0016abcd
 class Plan(NamedTuple):
     "What one epoch does."
     iterations: int       # batches
@@ -85,12 +85,13 @@ class Plan(NamedTuple):
     restart: bool = False # fresh network and optimiser before this epoch
     freeze: bool = False  # keep the labels of the epoch before
 
-# %% ../nbs/09_training.ipynb #0016abcd
+# %% ../nbs/09_training.ipynb #0017abcd
 class Method:
     "The hooks of the loop; `labels` and `loss` must be filled in, the rest have sensible defaults."
     settings = {}  # the method's own settings and its changes to the loop's
     datasets = {}  # data set name -> changes for it
 
+    def __init__(self): "Methods start empty; what they know, `start_epoch` gives them."
     def plan(self, t) -> Plan:
         "Called first in every epoch."
         s = t.settings
@@ -113,7 +114,7 @@ class Method:
         return {}
     def load_state(self, t, state): "The inverse of `state`."
 
-# %% ../nbs/09_training.ipynb #0018abcd
+# %% ../nbs/09_training.ipynb #0019abcd
 def start(dataset,        # a data.Dataset
           method,         # a Method class
           settings=None,  # dict from `resolve`; None: the defaults for this data set
@@ -132,21 +133,21 @@ def start(dataset,        # a data.Dataset
     if t.out and (t.out / "checkpoint.pt").exists(): load_checkpoint(t)
     return t
 
-# %% ../nbs/09_training.ipynb #0019abcd
+# %% ../nbs/09_training.ipynb #0020abcd
 def fresh_network(t):
     "Network and optimiser as at the start of a run."
     t.model, t.weights = t.method.model(t)
     t.model.to(t.device)
     t.optimizer = torch.optim.Adam([p for p in t.model.parameters() if p.requires_grad], lr=t.settings.lr, weight_decay=t.settings.weight_decay)
 
-# %% ../nbs/09_training.ipynb #0027abcd
+# %% ../nbs/09_training.ipynb #0028abcd
 def seed_epoch(t):
     "Fresh generators for sampling (numpy) and augmentation (torch, CPU) that depend on seed and epoch only."
     t.rng = np.random.default_rng([t.seed, t.epoch + 1])
     t.generator = torch.Generator().manual_seed(int(t.rng.integers(2 ** 62)))
     torch.manual_seed(int(t.rng.integers(2 ** 62)))
 
-# %% ../nbs/09_training.ipynb #0030abcd
+# %% ../nbs/09_training.ipynb #0031abcd
 def make_labels(t):
     "Features of all training images, then this epoch's labels (unless the plan freezes them)."
     feats = extract_features(t.model, t.images, device=t.device)
@@ -157,7 +158,7 @@ def make_labels(t):
     check_labels(t)
     return feats
 
-# %% ../nbs/09_training.ipynb #0031abcd
+# %% ../nbs/09_training.ipynb #0032abcd
 def check_labels(t):
     "ValueError when there is nothing to train on: fewer than two clusters, or first labels with a known precision below 0.2."
     clusters, outliers = t.labels.max() + 1, int((t.labels < 0).sum())
@@ -170,7 +171,7 @@ def check_labels(t):
             raise ValueError(f"the first labels have pairwise precision {precision:.2f} (below 0.2): nothing is learnt from such clusters. "
                              f"The start was: {t.weights}. Use pre-trained weights, start=histogram, or a smaller eps.")
 
-# %% ../nbs/09_training.ipynb #0033abcd
+# %% ../nbs/09_training.ipynb #0034abcd
 def batches(t):
     "This epoch's batches: augmented images on the device, row numbers, labels and cameras."
     s = t.settings
@@ -180,14 +181,14 @@ def batches(t):
         yield SimpleNamespace(index=index, images=view(t, index), labels=torch.from_numpy(t.labels[index]).to(t.device),
                               cams=None if t.cams is None else t.cams[index])
 
-# %% ../nbs/09_training.ipynb #0034abcd
+# %% ../nbs/09_training.ipynb #0035abcd
 def view(t, index):
     "A freshly augmented view of training images `index`, on the device."
     s = t.settings
     images = torch.from_numpy(np.array(t.images[index])).to(t.device)
     return train_transform(images, t.generator, flip=s.flip, pad=s.pad, erase=s.erase, jitter=s.jitter)
 
-# %% ../nbs/09_training.ipynb #0035abcd
+# %% ../nbs/09_training.ipynb #0036abcd
 def train_epoch(t) -> dict:
     "All batches of one epoch; mean of every loss term."
     t.model.train()
@@ -205,12 +206,12 @@ def train_epoch(t) -> dict:
     if not np.isfinite(means["loss"]): raise ValueError(f"epoch {t.epoch}: the loss is {means['loss']}; lower lr (now {t.plan.lr:g})")
     return means
 
-# %% ../nbs/09_training.ipynb #0037abcd
+# %% ../nbs/09_training.ipynb #0038abcd
 def has_test(dataset) -> bool:
     "Is there a query and a gallery with identities to score?"
     return dataset.query is not None and len(dataset.query) > 0 and column(dataset.query, "pid") is not None
 
-# %% ../nbs/09_training.ipynb #0038abcd
+# %% ../nbs/09_training.ipynb #0039abcd
 def test(t):
     "Features of query and gallery, and their evaluation: `(evaluation, query Features, gallery Features)`."
     s, d = t.settings, t.dataset
@@ -220,7 +221,7 @@ def test(t):
     ids = [column(table, name) for name in ("pid", "cam") for table in (d.query, d.gallery)]
     return evaluate(q.global_, g.global_, *ids), q, g
 
-# %% ../nbs/09_training.ipynb #0040abcd
+# %% ../nbs/09_training.ipynb #0041abcd
 def epochs(t):
     "Train epoch after epoch; yields one flat record each: losses, clusters, label quality, test measures, seconds."
     while t.epoch < t.settings.epochs:
@@ -241,7 +242,7 @@ def epochs(t):
         if t.out: save_checkpoint(t)
         yield t.history[-1]
 
-# %% ../nbs/09_training.ipynb #0041abcd
+# %% ../nbs/09_training.ipynb #0042abcd
 def describe_labels(labels, pids):
     "Flat description of pseudo labels: counts, and quality where identities are known."
     record = {"clusters": int(labels.max() + 1), "outliers": int((labels < 0).sum())}
@@ -249,14 +250,14 @@ def describe_labels(labels, pids):
     q = label_quality(labels, pids)
     return record | {f"label_{k}": round(float(getattr(q, k)), 6) for k in ("pairwise_precision", "pairwise_recall", "pairwise_f", "bcubed_f", "nmi", "ari")}
 
-# %% ../nbs/09_training.ipynb #0042abcd
+# %% ../nbs/09_training.ipynb #0043abcd
 def describe_test(result):
     "Flat description of a test, fractions in [0, 1]."
     if result is None: return {}
     e = result[0]
     return {"mAP": float(e.mAP), "rank1": float(e.cmc[0]), "rank5": float(e.cmc[min(4, len(e.cmc) - 1)]), "mINP": float(e.mINP)}
 
-# %% ../nbs/09_training.ipynb #0047abcd
+# %% ../nbs/09_training.ipynb #0048abcd
 def save_checkpoint(t):
     "Everything a restart needs, in `out/checkpoint.pt`, and the records in `out/metrics.jsonl`; both replaced atomically."
     t.out.mkdir(parents=True, exist_ok=True)
@@ -267,7 +268,7 @@ def save_checkpoint(t):
     (t.out / "metrics.tmp").write_text("".join(json.dumps(r) + "\n" for r in t.history))
     os.replace(t.out / "metrics.tmp", t.out / "metrics.jsonl")
 
-# %% ../nbs/09_training.ipynb #0048abcd
+# %% ../nbs/09_training.ipynb #0049abcd
 def load_checkpoint(t):
     "Continue from `out/checkpoint.pt`; ValueError when it does not fit this network."
     blob = torch.load(t.out / "checkpoint.pt", map_location=t.device, weights_only=True)
@@ -276,7 +277,7 @@ def load_checkpoint(t):
     t.epoch, t.labels, t.history = blob["epoch"], blob["labels"].cpu().numpy(), blob["history"]
     t.method.load_state(t, blob["method"])
 
-# %% ../nbs/09_training.ipynb #0053abcd
+# %% ../nbs/09_training.ipynb #0054abcd
 def plot_history(history,  # records from `epochs`
                  identities=None,  # true number of identities, drawn as a line
                  ):

@@ -39,6 +39,14 @@ def test_notebook_is_clean(path):
     assert not [o for c in before.cells for o in c.get("outputs", []) if o.output_type == "error"], "a cell's output is an error"
 
 
+@pytest.mark.parametrize("path", chapters, ids=lambda p: p.stem)
+def test_title_stands_alone(path):
+    "nbdev turns the title cell into front matter and drops whatever else is in it: an introduction there is lost on the site."
+    lines = nbformat.read(path, as_version=4).cells[0].source.splitlines()
+    assert lines[0].startswith("# ") and lines[2].startswith("> ")
+    assert all(not line or line[:2] in ("# ", "> ", "- ") for line in lines), "move the introduction to a cell of its own"
+
+
 @pytest.mark.parametrize("path", [p for p in chapters if p.stem != "train"], ids=lambda p: p.stem)
 def test_chapter_runs(path, tmp_path):
     "Every chapter runs from top to bottom, as a reader would run it."

@@ -175,7 +175,8 @@ def test_cheap_descriptors_stay_low(tmp_path, monkeypatch):
     tables = data.query, data.gallery
     images, n = np.concatenate([load_images(t.path, size=(128, 64)) for t in tables]), len(data.query)
     pids, cams = (np.concatenate([column(t, name) for t in tables]) for name in ("pid", "cam"))
-    for feats, ceiling in ((pixel_features(images), .15), (histogram_features(images, cams), .33)):
-        assert .05 < evaluate(feats[:n], feats[n:], pids[:n], pids[n:], cams[:n], cams[n:]).mAP < ceiling
-    plain = histogram_features(images)
-    assert evaluate(plain[:n], plain[n:], pids[:n], pids[n:], cams[:n], cams[n:]).mAP < .05
+    def score(feats): return evaluate(feats[:n], feats[n:], pids[:n], pids[n:], cams[:n], cams[n:]).mAP
+    assert .05 < score(pixel_features(images)) < .15
+    centred = score(histogram_features(images, cams))
+    assert .05 < centred < .33
+    assert score(histogram_features(images)) < .6 * centred  # colours lie until each camera is centred

@@ -6,6 +6,7 @@ import torch
 from reidbook import training
 from reidbook.data import open_dataset
 from reidbook.methods.baseline import Baseline
+from reidbook.noise import label_quality
 
 SHORT = dict(epochs=3, iterations=4)
 
@@ -86,10 +87,12 @@ def test_settings_are_checked(given, words):
     with pytest.raises(ValueError, match=words): training.resolve(Baseline, "market1501", **given)
 
 
-def test_pixels_start_holds_its_labels(tiny):
-    t = training.start(tiny, Baseline, training.resolve(Baseline, tiny.name, weights="none", start="pixels", epochs=4, iterations=2, eps=0.7))
+def test_a_start_holds_its_labels_for_three_epochs(tiny, monkeypatch):
+    monkeypatch.setitem(training.STARTS, "pixels", lambda t: np.eye(t.pids.max() + 1, dtype=np.float32)[t.pids] + 0.01)
+    t = training.start(tiny, Baseline, training.resolve(Baseline, tiny.name, weights="none", start="pixels", epochs=4, iterations=2))
     labels = []
     try:
         for _ in training.epochs(t): labels.append(t.labels)
-    except ValueError as e: pytest.skip(f"pixel labels of the tiny set are too poor: {e}") if not labels else None
-    assert np.array_equal(labels[0], labels[1]) and np.array_equal(labels[0], labels[2])
+    except ValueError: pass  # the fourth epoch clusters an untrained network's features, which may give nothing
+    assert label_quality(labels[0], tiny.train.pid.to_numpy()).pairwise_precision == 1
+    assert len(labels) >= 3 and np.array_equal(labels[0], labels[1]) and np.array_equal(labels[0], labels[2])
