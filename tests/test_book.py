@@ -45,6 +45,7 @@ def test_title_stands_alone(path):
     lines = nbformat.read(path, as_version=4).cells[0].source.splitlines()
     assert lines[0].startswith("# ") and lines[2].startswith("> ")
     assert all(not line or line[:2] in ("# ", "> ", "- ") for line in lines), "move the introduction to a cell of its own"
+    if path.stem == "train": assert "- skip_exec: true" in lines, "nbdev would train whenever it tests or renders"
 
 
 @pytest.mark.parametrize("path", [p for p in chapters if p.stem != "train"], ids=lambda p: p.stem)
