@@ -44,11 +44,11 @@ def get_method(name):
     if name not in method_names(): raise ValueError(f"unknown method {name!r}: expected one of {', '.join(method_names())}")
     return importlib.import_module(f"reidbook.methods.{name}").METHOD
 
-# %% ../nbs/20_runs.ipynb #0011abcd
+# %% ../nbs/20_runs.ipynb #0012abcd
 PACKAGE = Path(reidbook.__file__).parent
 REPORTING = {"runs", "cli", "site", "bench", "noise"}  # they describe results and do not make them
 
-# %% ../nbs/20_runs.ipynb #0012abcd
+# %% ../nbs/20_runs.ipynb #0013abcd
 def _bare(source):
     "Python source without comments, docstrings and layout."
     tree = ast.parse(source)
@@ -58,14 +58,14 @@ def _bare(source):
             node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str))] or [ast.Pass()]
     return ast.unparse(tree)
 
-# %% ../nbs/20_runs.ipynb #0014abcd
-def code_digest(method) -> str:
+# %% ../nbs/20_runs.ipynb #0016abcd
+def code_digest(method, plug="") -> str:
     "Ten hex digits over the executable source of every module that a run of `method` computes with."
     files = [f for f in sorted(PACKAGE.glob("*.py")) if f.stem not in REPORTING and not f.stem.startswith("_")]
-    files += [PACKAGE / "methods" / f"{name}.py" for name in sorted({"baseline", method})]
+    files += [PACKAGE / "methods" / f"{name}.py" for name in sorted({"baseline", method, plug} - {""})]
     return hashlib.sha1("\n".join(_bare(f.read_text(encoding="utf-8")) for f in files).encode()).hexdigest()[:10]
 
-# %% ../nbs/20_runs.ipynb #0015abcd
+# %% ../nbs/20_runs.ipynb #0017abcd
 def describe(dataset,     # name for `open_dataset`
              method,      # name of a method
              seed=1,
@@ -82,11 +82,11 @@ def describe(dataset,     # name for `open_dataset`
     weights = full["weights"]
     if weights not in ("pretrained", "none") and not Path(weights).expanduser().is_file(): raise FileNotFoundError(f"weights {weights!r}: no such file")
     data = open_dataset(dataset, root)
-    identity = {"dataset": dataset, "method": method, "seed": seed, "settings": full, "code": code_digest(method), "data": dataset_digest(data)}
+    identity = {"dataset": dataset, "method": method, "seed": seed, "settings": full, "code": code_digest(method, full["correct"]), "data": dataset_digest(data)}
     run_id = hashlib.sha1(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:10]
     return SimpleNamespace(dataset=data, method=cls, device=device, settings=full, identity=identity, run_id=run_id, name=f"{dataset}-{method}-s{seed}-{run_id}")
 
-# %% ../nbs/20_runs.ipynb #0021abcd
+# %% ../nbs/20_runs.ipynb #0023abcd
 def checkout() -> Path:
     "The checkout of this book: where the package lies, or the working folder or one above it."
     for folder in (PACKAGE.parent, Path.cwd(), *Path.cwd().parents):
@@ -97,14 +97,14 @@ def runs_dir() -> Path:
     "Where executed runs live."
     return checkout() / "nbs" / "runs"
 
-# %% ../nbs/20_runs.ipynb #0022abcd
+# %% ../nbs/20_runs.ipynb #0024abcd
 def write_json(path, blob):
     "Write beside, then rename: the file is whole or it is the old one."
     temporary = Path(path).with_suffix(".tmp")
     temporary.write_text(json.dumps(blob, indent=1, default=str) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
-# %% ../nbs/20_runs.ipynb #0023abcd
+# %% ../nbs/20_runs.ipynb #0026abcd
 def hardware() -> dict:
     "What the run is running on."
     cpu = platform.processor() or platform.machine()
@@ -121,7 +121,7 @@ def versions() -> dict:
         except metadata.PackageNotFoundError: pass
     return out
 
-# %% ../nbs/20_runs.ipynb #0024abcd
+# %% ../nbs/20_runs.ipynb #0027abcd
 def now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 def begin(dataset, method, seed=1, root=None, device="auto", out=None, settings=None):
@@ -135,10 +135,11 @@ def begin(dataset, method, seed=1, root=None, device="auto", out=None, settings=
                     "data": {"name": dataset, "digest": run.identity["data"], **{k: len(getattr(run.dataset, k)) for k in ("train", "query", "gallery")}}}
     write_json(run.out / "manifest.json", run.manifest)
     run.clock = time.perf_counter()
-    run.state = training.start(run.dataset, run.method, run.settings, seed, run.out, device, cache=data_root(root) / ".cache")
+    run.state = training.start(run.dataset, run.method, run.settings, seed, run.out, device, cache=data_root(root) / ".cache",
+                               store=run.out.parent / "stages", identity={k: run.identity[k] for k in ("code", "data")})
     return run
 
-# %% ../nbs/20_runs.ipynb #0025abcd
+# %% ../nbs/20_runs.ipynb #0028abcd
 def finish(run, **more):
     "Close a run: the last epoch is the result, best-on-test stands beside it under that name; the manifest says `done`."
     history = run.state.history
@@ -154,7 +155,7 @@ def finish(run, **more):
     write_json(run.out / "manifest.json", run.manifest)
     return run.manifest
 
-# %% ../nbs/20_runs.ipynb #0027abcd
+# %% ../nbs/20_runs.ipynb #0030abcd
 def epoch_line(r) -> str:
     "One printed line about an epoch."
     line = f"epoch {r['epoch']:3d}  loss {r['loss']:.3f}  {r['clusters']:4d} clusters  {r['outliers']:5d} outliers"
@@ -162,7 +163,7 @@ def epoch_line(r) -> str:
     if "mAP" in r: line += f"  test mAP {r['mAP']:6.1%} rank-1 {r['rank1']:6.1%}"
     return line + f"  ({sum(v for k, v in r.items() if k.startswith('seconds')):.1f} s)"
 
-# %% ../nbs/20_runs.ipynb #0030abcd
+# %% ../nbs/20_runs.ipynb #0033abcd
 def free_baselines(t) -> dict:
     "mAP on the test set of the untrained model's features, of centre-cropped pixels and of a camera-centred colour histogram."
     from reidbook.evaluation import evaluate
@@ -175,14 +176,14 @@ def free_baselines(t) -> dict:
     return {"start": float(training.test(t)[0].mAP), "pixels": float(evaluate(pixel_features(q), pixel_features(g), *ids).mAP),
             "histogram": float(evaluate(*colours, *ids).mAP)}
 
-# %% ../nbs/20_runs.ipynb #0032abcd
+# %% ../nbs/20_runs.ipynb #0035abcd
 def choices(history) -> pd.DataFrame:
     "The last epoch, which is the result, beside the best on the test set, which is what the papers report."
     tested = [r for r in history if "mAP" in r]
     if not tested: return pd.DataFrame({"last epoch": history[-1]}).T
     return pd.DataFrame({"last epoch": tested[-1], "best on test": max(tested, key=lambda r: r["mAP"])}).loc[["epoch", "mAP", "rank1", "mINP"]].T
 
-# %% ../nbs/20_runs.ipynb #0033abcd
+# %% ../nbs/20_runs.ipynb #0036abcd
 def show_rank_lists(t,       # a training state
                     result,  # from `training.test`
                     n=5,     # queries, spread over the query table
@@ -196,7 +197,7 @@ def show_rank_lists(t,       # a training state
     order = rank_lists(query.global_, gallery.global_, k, q_pids, g_pids, q_cams, g_cams, rows=rows)
     return plot_rank_lists(list(t.dataset.query.path.iloc[rows]), list(t.dataset.gallery.path), order, q_pids[rows], g_pids)
 
-# %% ../nbs/20_runs.ipynb #0035abcd
+# %% ../nbs/20_runs.ipynb #0038abcd
 def template_parameters(template) -> set:
     "Names in the template's tagged parameters cell; ValueError when no cell is tagged."
     import nbformat
@@ -206,7 +207,7 @@ def template_parameters(template) -> set:
     if len(cells) != 1: raise ValueError(f"{template.name} has {len(cells)} cells tagged 'parameters', expected 1: tag the cell that holds the defaults")
     return {node.target.id if isinstance(node, ast.AnnAssign) else node.targets[0].id for node in ast.parse(cells[0].source).body}
 
-# %% ../nbs/20_runs.ipynb #0039abcd
+# %% ../nbs/20_runs.ipynb #0042abcd
 def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
             again=False,     # run it even if it is done
             template=None,   # another notebook with the same parameters
@@ -227,7 +228,7 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
     out.mkdir(parents=True, exist_ok=True)
     return _execute(template, out, values)
 
-# %% ../nbs/20_runs.ipynb #0040abcd
+# %% ../nbs/20_runs.ipynb #0043abcd
 def _execute(template, out, values):
     "papermill, then the check that the run itself says it is done, then the rename."
     import papermill
@@ -246,7 +247,7 @@ def _execute(template, out, values):
     partial.unlink()
     return out
 
-# %% ../nbs/20_runs.ipynb #0041abcd
+# %% ../nbs/20_runs.ipynb #0044abcd
 def merge_streams(outputs) -> list:
     "Printed lines that follow each other as one output: papermill keeps every `print` apart."
     merged = []
@@ -255,7 +256,7 @@ def merge_streams(outputs) -> list:
         else: merged.append(o)
     return merged
 
-# %% ../nbs/20_runs.ipynb #0042abcd
+# %% ../nbs/20_runs.ipynb #0045abcd
 def publish(source, target, manifest):
     "Give an executed notebook its title and front matter, and rename it into place."
     import nbformat
@@ -277,13 +278,13 @@ def publish(source, target, manifest):
     nbformat.write(nb, temporary)
     os.replace(temporary, target)
 
-# %% ../nbs/20_runs.ipynb #0044abcd
+# %% ../nbs/20_runs.ipynb #0047abcd
 def read_manifest(folder):
     "The manifest in `folder`, or None when there is none or it cannot be read."
     try: return json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
 
-# %% ../nbs/20_runs.ipynb #0045abcd
+# %% ../nbs/20_runs.ipynb #0048abcd
 def ledger(folder=None) -> pd.DataFrame:
     "All runs that are done, one row each, newest last; `.attrs['damaged']` names the folders that are not, and why."
     rows, damaged = [], {}
@@ -301,7 +302,7 @@ def ledger(folder=None) -> pd.DataFrame:
     table.attrs["damaged"] = damaged
     return table
 
-# %% ../nbs/20_runs.ipynb #0046abcd
+# %% ../nbs/20_runs.ipynb #0049abcd
 def results_table(table,          # from `ledger`
                   ) -> pd.DataFrame:
     "Mean and standard deviation over seeds, in percent, for every data set, method and set of changed settings."
@@ -312,7 +313,7 @@ def results_table(table,          # from `ledger`
            for (d, m, s), g in groups]
     return pd.DataFrame(out)
 
-# %% ../nbs/20_runs.ipynb #0048abcd
+# %% ../nbs/20_runs.ipynb #0051abcd
 def markdown_table(table) -> str:
     "A data frame as a Markdown table."
     rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]

@@ -104,7 +104,7 @@ def test_identity_depends_on_settings_code_and_data(root, monkeypatch):
     monkeypatch.setattr(runs, "dataset_digest", lambda d: "other")
     assert a.run_id != runs.describe("synthetic-tiny", "baseline", root=root).run_id
     monkeypatch.undo()
-    monkeypatch.setattr(runs, "code_digest", lambda m: "other")
+    monkeypatch.setattr(runs, "code_digest", lambda *names: "other")
     assert a.run_id != runs.describe("synthetic-tiny", "baseline", root=root).run_id
 
 
