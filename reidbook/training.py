@@ -33,7 +33,7 @@ SETTINGS = dict(
     height=256, width=128,                  # image size, pixels
     backbone="resnet50", weights="pretrained", pooling="gem",
     bn_group_size=64,                       # images normalised together: 256 over the papers' 4 GPUs
-    epochs=50, iterations=200,              # epochs; batches an epoch
+    epochs=50, iterations=200,              # epochs (0: only evaluate the weights); batches an epoch
     batch_size=256, instances=16,           # images a batch; images per cluster in it
     prefer_other_cameras=True,              # draw a cluster's images from different cameras where there are any
     lr=3.5e-4, weight_decay=5e-4, lr_step=20,  # Adam; the rate is divided by 10 every lr_step epochs
@@ -159,7 +159,7 @@ def start(dataset,        # a data.Dataset
                         store=Path(store) if store else None, identity=identity or {})
     t.images = load_images(dataset.train.path, (s.height, s.width), cache=cache) if images is None else images
     t.cams, t.pids = column(dataset.train, "cam"), column(dataset.train, "pid")
-    t.method.prepare(t)
+    if s.epochs: t.method.prepare(t)
     fresh_network(t)
     if t.out and (t.out / "checkpoint.pt").exists(): load_checkpoint(t)
     return t

@@ -73,6 +73,9 @@ def test_a_dead_kernel_is_no_result(folder, root, tmp_path):
     ("run -p epochs=many", "expected int"),
     ("run -p epochs", "expected name=value"),
     ("run -p weights=missing.pth", "no such file"),
+    ("run --weights missing.pth", "no such file"),
+    ("run --weights a.pth -p weights=b.pth", "given twice"),
+    ("run --eval-only -p epochs=2", "given twice"),
     ("run --device cuda:7", "cuda"),
     ("run --seed -4", "seed"),
     ("batch --datasets synthetic-tiny,nowhere --methods baseline", "nowhere"),
@@ -116,3 +119,21 @@ def test_the_command_is_installed_and_helpful():
     for words in ("--help", "run --help", "batch --help", "site --help", "data make --help", "data check --help", "bench --help"):
         p = subprocess.run([sys.executable, "-m", "reidbook.cli", *words.split()], capture_output=True, text=True, env=os.environ)
         assert p.returncode == 0 and "usage: reidbook" in p.stdout, words
+
+
+def test_eval_only_tests_given_weights_and_trains_nothing(folder, root, tmp_path, monkeypatch):
+    import torch
+    from reidbook.models import create_model
+    model, _ = create_model("small", "pretrained")
+    torch.save(model.backbone.state_dict(), tmp_path / "mine.pth")
+    monkeypatch.chdir(tmp_path)
+    words = f"run --dataset synthetic-tiny --method baseline --root {root} --weights mine.pth --eval-only".split()
+    assert main(words) == 0
+    [out] = folder.iterdir()
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["eval_only"] and manifest["epochs"] == 0 and manifest["weights"] == "weights from mine.pth"
+    assert manifest["metrics"]["mAP"] == manifest["free"]["start"] and manifest["best_on_test"] is None
+    assert len(runs.ledger(folder)) == 1 and len(runs.results_table(runs.ledger(folder))) == 1
+    assert manifest["run_id"] in out.name  # the kernel, in another folder, names the run alike
+    torch.save({k: v + 0 if v.ndim == 0 else v * 1.01 for k, v in model.backbone.state_dict().items()}, tmp_path / "mine.pth")
+    assert main(words) == 0 and len(list(folder.iterdir())) == 2  # another content is another run
