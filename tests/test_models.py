@@ -80,3 +80,47 @@ def test_extraction_leaves_the_mode_and_does_not_depend_on_the_block(tmp_path):
     assert model.training
     assert_allclose(a.global_, b.global_, atol=1e-5)
     assert_allclose(a.parts, b.parts, atol=1e-5)
+
+
+def ibn_release(state):
+    "A state dict with the names of IBN-Net's released ResNet-50-IBN-a, made from torchvision's: bn1 of stages 1 to 3 becomes bn1.IN and bn1.BN."
+    out = {}
+    for name, v in state.items():
+        stage, *_, norm, what = ("stem." + name).split(".")[-4:] if name.count(".") < 3 else name.split(".")
+        if stage not in ("layer1", "layer2", "layer3") or norm != "bn1": out[name] = v; continue
+        stem, half = name.removesuffix(what), v.numel() // 2
+        if what in ("weight", "bias"): out |= {f"{stem}IN.{what}": v[:half].clone(), f"{stem}BN.{what}": v[half:].clone()}
+        else: out[f"{stem}BN.{what}"] = v[half:].clone() if v.ndim else v
+    return out
+
+
+def test_ibn_weights_load_whole_and_plain_ones_are_refused(tmp_path):
+    torch.manual_seed(0)
+    plain = torchvision.models.resnet50(weights=None).state_dict()
+    ibn = ibn_release(plain)
+    assert sum(k.endswith("bn1.IN.weight") for k in ibn) == 13
+    torch.save({"state_dict": {f"module.{k}": v for k, v in ibn.items()}}, tmp_path / "resnet50_ibn_a.pth.tar")
+    model, said = create_model("resnet50_ibn", str(tmp_path / "resnet50_ibn_a.pth.tar"))
+    assert "resnet50_ibn_a.pth.tar" in said
+    assert all(torch.equal(v, ibn[k]) for k, v in model.backbone.state_dict().items())
+    torch.save(plain, tmp_path / "resnet50.pth")
+    with pytest.raises(ValueError, match="bn1.IN.weight.*Nothing was loaded"): create_model("resnet50_ibn", str(tmp_path / "resnet50.pth"))
+    with pytest.raises(ValueError, match="Nothing was loaded"): create_model("resnet50", str(tmp_path / "resnet50_ibn_a.pth.tar"))
+
+
+def test_ibn_is_instance_norm_then_batch_norm():
+    "Float64 recomputation of both halves, in training and evaluation, with groups."
+    from reidbook.models import IBN, GroupedBatchNorm2d
+    from functools import partial
+    torch.manual_seed(0)
+    ibn = IBN(6, partial(GroupedBatchNorm2d, group_size=4)).double()
+    for p in ibn.parameters(): torch.nn.init.uniform_(p, 0.5, 1.5)
+    x = torch.randn(8, 6, 5, 3, dtype=torch.float64)
+    a, b = x[:, :3], x[:, 3:]
+    norm = lambda v, dims: (v - v.mean(dims, keepdim=True)) / (v.var(dims, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    scale = lambda v, m: v * m.weight.view(1, -1, 1, 1) + m.bias.view(1, -1, 1, 1)
+    want = torch.cat([scale(norm(a, (2, 3)), ibn.IN), torch.cat([scale(norm(g, (0, 2, 3)), ibn.BN) for g in b.split(4)])], 1)
+    assert_allclose(ibn(x).detach(), want.detach(), atol=1e-12)
+    alone = ibn.eval()(x[:1])
+    assert_allclose(alone.detach(), ibn(x)[:1].detach(), atol=1e-12)
+    assert_allclose(alone[:, :3].detach(), want[:1, :3].detach(), atol=1e-12)
