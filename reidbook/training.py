@@ -88,7 +88,7 @@ class Plan(NamedTuple):
     "What one epoch does."
     iterations: int       # batches
     lr: float             # learning rate
-    restart: bool = False # fresh network and optimiser before this epoch
+    restart: bool = False # fresh network and optimiser once this epoch's labels are made
     freeze: bool = False  # keep the labels of the epoch before
 
 # %% ../nbs/09_training.ipynb #0018abcd
@@ -115,7 +115,8 @@ class Method:
         "Named loss terms of a batch; their sum is minimised. `batch` has images, index, labels and cams."
         raise TypeError(f"{type(self).__name__} must define loss(t, batch)")
     def after_step(self, t, batch): "Called after the optimiser's step."
-    def end_epoch(self, t): "Called after the last batch."
+    def end_epoch(self, t):
+        "Called after the last batch; a dict of numbers returned here goes into the epoch's record."
     def state(self) -> dict:
         "What must survive a restart besides model, optimiser and labels: tensors and plain data."
         return {}
@@ -130,6 +131,7 @@ class Plug:
     def labels(self, t, feats, labels):
         "Corrected labels, from `Features` and the method's labels."
         return labels
+    def record(self, t): return {}  # what it adds to the epoch's record
     def state(self): return {}
     def load_state(self, t, state): "The inverse of `state`."
 
@@ -261,12 +263,12 @@ def epochs(t):
         def lap(): clock.append(time.perf_counter()); return round(clock[-1] - clock[-2], 3)
         seed_epoch(t)
         t.plan = t.plug.plan(t, t.method.plan(t))
-        if t.plan.restart: fresh_network(t)
         feats = make_labels(t)
+        if t.plan.restart: fresh_network(t)  # the old network's labels and features start it
         t.method.start_epoch(t, feats)
         seconds = {"seconds_labels": lap()}
-        record = {"epoch": t.epoch + 1, "lr": t.plan.lr, **train_epoch(t), **describe_labels(t.labels, t.pids)}
-        t.method.end_epoch(t)
+        record = {"epoch": t.epoch + 1, "lr": t.plan.lr, **train_epoch(t), **describe_labels(t.labels, t.pids), **t.plug.record(t)}
+        record |= t.method.end_epoch(t) or {}
         seconds["seconds_train"] = lap()
         t.epoch += 1
         if t.epoch % t.settings.eval_every == 0 or t.epoch == t.settings.epochs: record |= describe_test(test(t))
