@@ -136,7 +136,9 @@ def versions() -> dict:
     return out
 
 # %% ../nbs/20_runs.ipynb #0031abcd
-def now(): return datetime.now(timezone.utc).isoformat(timespec="seconds")
+def now():
+    "Date and time in UTC, to the second."
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 def begin(dataset, method, seed=1, root=None, device="auto", out=None, settings=None):
     "Open a run: checked, named, its folder made, its manifest `running`, its training state ready."

@@ -73,6 +73,7 @@ def first_sentence(text: str) -> str:
     return re.split(r"(?<=[.!?:])\s", re.sub(r"\s+", " ", plain))[0][:200]
 
 def has_picture(cell) -> bool:
+    "Does a cell show an image?"
     return any(k.startswith("image/") for o in cell.get("outputs", []) for k in o.get("data", {}))
 
 # %% ../nbs/24_site.ipynb #0018abcd
@@ -279,6 +280,7 @@ def output_html(output, save,  # save(bytes, suffix) -> address of the file
 
 # %% ../nbs/24_site.ipynb #0058abcd
 def code_html(source: str) -> str:
+    "Highlighted Python."
     from nbconvert.filters import Highlight2HTML
     return Highlight2HTML()(source, language="ipython3").strip()
 
