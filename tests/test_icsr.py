@@ -1,4 +1,5 @@
 "ICSR against the reference vectors, against slow recomputations, and where it must do nothing."
+import dataclasses
 import json
 
 import numpy as np
@@ -6,10 +7,13 @@ import pytest
 import torch
 from sklearn.metrics import silhouette_score
 
+from reidbook import training
 from reidbook.clustering import agglomerative
+from reidbook.data import open_dataset
 from reidbook.memory import ClusterMemory
 from reidbook.methods import icsr
-from reidbook.methods.icsr import information_nodes, local_clusters, local_count, node_scores, pace, refine_labels, silhouette
+from reidbook.methods.baseline import Baseline
+from reidbook.methods.icsr import ICSR, information_nodes, local_clusters, local_count, node_scores, pace, refine_labels, silhouette
 from reidbook.neighbors import jaccard_similarity, knn
 
 
@@ -201,3 +205,100 @@ def test_refusals():
 
 
 def test_pace(): assert pace(0, 50) == 1 and abs(pace(50, 50) - 0.75) < 1e-12
+
+
+# --- the two stages
+
+@pytest.fixture(scope="module")
+def tiny(root): return dataclasses.replace(open_dataset("synthetic-tiny", root), query=None, gallery=None)
+
+
+def run(tiny, store=None, out=None, stop=None, seed=1, **settings):
+    settings = training.resolve(ICSR, tiny.name, **dict(epochs=2, iterations=3, camera_epochs=2, camera_iterations=2) | settings)
+    t = training.start(tiny, ICSR, settings, seed=seed, out=out, store=store)
+    for r in training.epochs(t):
+        if r["epoch"] == stop: break
+    return t
+
+
+def records(t): return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in t.history]
+
+
+def test_stage_one_is_found_again(tiny, tmp_path, monkeypatch):
+    first = run(tiny, tmp_path)
+    assert len(list(tmp_path.glob("camera*/result.pt"))) == 4
+    monkeypatch.setattr(icsr, "train_camera", lambda *a: pytest.fail("stage 1 ran again"))
+    assert records(run(tiny, tmp_path)) == records(first)
+    again = run(tiny, tmp_path, stop=1, nodes="last", eps=0.5)          # stage 2 may change, stage 1 does not depend on it
+    assert (again.method.local == first.method.local).all()
+    with pytest.raises(pytest.fail.Exception): run(tiny, tmp_path, camera_iterations=1)
+
+
+@pytest.fixture(scope="module")
+def local(tiny): return run(tiny, stop=1).method.local                # stage 1, undisturbed
+
+
+def test_stage_one_goes_on_after_a_kill(tiny, local, tmp_path, monkeypatch):
+    real, calls = training.save_checkpoint, []
+    def kill(t):
+        real(t); calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt                    # in the second camera's first epoch
+    monkeypatch.setattr(training, "save_checkpoint", kill)
+    with pytest.raises(KeyboardInterrupt): run(tiny, tmp_path)
+    monkeypatch.setattr(training, "save_checkpoint", real)
+    assert len(list(tmp_path.glob("camera*/result.pt"))) == 1 and len(list(tmp_path.glob("camera*/checkpoint.pt"))) == 1
+    assert (run(tiny, tmp_path, stop=1).method.local == local).all()
+
+
+def test_side_by_side_is_one_after_another(tiny, local, monkeypatch):
+    monkeypatch.setattr(icsr, "devices", lambda device: [device] * 3)
+    assert (run(tiny, stop=1).method.local == local).all()
+
+
+def test_best_epoch_is_the_best_separated(tiny, tmp_path):
+    run(tiny, tmp_path, stop=1, camera_epochs=4)
+    for f in tmp_path.glob("camera*/result.pt"):
+        result = torch.load(f)
+        assert len(result["silhouettes"]) == 4 and result["labels"].max() + 1 == local_count(len(result["labels"]))
+
+
+def test_identities_play_no_part(tiny):
+    blind = dataclasses.replace(tiny, train=tiny.train.drop(columns="pid"))
+    a, b = run(tiny, stop=1), run(blind, stop=1)
+    assert (a.labels == b.labels).all() and "removed" in b.history[0] and "removed_wrongly" not in b.history[0]
+
+
+def test_resumed_equals_undisturbed(tiny, tmp_path):
+    whole = run(tiny, tmp_path / "store", epochs=3)
+    run(tiny, tmp_path / "store", tmp_path / "run", stop=1, epochs=3)
+    assert records(run(tiny, tmp_path / "store", tmp_path / "run", epochs=3)) == records(whole)
+
+
+def test_cameras_unknown(tiny):
+    with pytest.raises(ValueError, match="needs to know which camera"): run(dataclasses.replace(tiny, train=tiny.train.drop(columns="cam")))
+
+
+def test_one_small_camera(tiny):
+    cams = tiny.train.cam.to_numpy().copy()
+    cams[:3], cams[3:10] = 9, 11                                       # three images, and seven
+    t = run(dataclasses.replace(tiny, train=tiny.train.assign(cam=cams)), stop=1)
+    assert (t.method.local[:10] == 0).all() and t.history
+
+
+@pytest.mark.parametrize("settings", [dict(clustering="infomap", nodes="last"), dict(clustering="agglomerative", nodes_from="infomap", self_paced=True)])
+def test_other_clusterings(tiny, settings):
+    pytest.importorskip("infomap")
+    t = run(tiny, **settings, min_similarity=0.7, epochs=1)
+    assert t.history[-1]["clusters"] > 1
+
+
+def test_without_nodes_it_is_the_baseline(tiny, tmp_path):
+    t = run(tiny, tmp_path, nodes="none", bn_group_size=16)
+    b = training.start(tiny, Baseline, training.resolve(Baseline, tiny.name, epochs=2, iterations=3))
+    list(training.epochs(b))
+    assert not list(tmp_path.iterdir()) and records(t) == records(b)
+
+
+def test_wrong_settings(tiny):
+    with pytest.raises(ValueError, match="clustering='kmeans'"): run(tiny, clustering="kmeans")
+    with pytest.raises(ValueError, match="camera_epochs"): run(tiny, camera_epochs=0)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGE_TWO', 'METHOD', 'node_scores', 'information_nodes', 'need_cameras', 'refine_labels', 'pace', 'local_count',
            'silhouette', 'local_clusters', 'Contrast', 'CameraStage', 'train_camera', 'devices', 'camera_settings',
-           'camera_labels', 'ICSR']
+           'camera_labels', 'count_removed', 'global_clusters', 'ICSR']
 
 # %% ../../nbs/12_methods.icsr.ipynb #0003abcd
 import math
@@ -21,6 +21,7 @@ from ..clustering import agglomerative, dbscan, infomap, min_similarity
 from ..data import Dataset
 from ..memory import ClusterMemory, prototypes
 from ..neighbors import jaccard_similarity, knn
+from ..noise import noise_kinds
 
 # %% ../../nbs/12_methods.icsr.ipynb #0005abcd
 def node_scores(similarities,        # N x k of `knn`, self included
@@ -196,6 +197,28 @@ def camera_labels(t) -> np.ndarray:
     return labels
 
 # %% ../../nbs/12_methods.icsr.ipynb #0020abcd
+def count_removed(labels,  # N before
+                  new,     # N after refinement
+                  pids,    # N identities, or None
+                  ) -> dict:
+    "How many images were struck out, and how many of them wrongly: they belonged to the person with most images in their cluster."
+    out = np.flatnonzero(np.asarray(new) != labels)
+    if pids is None: return {"removed": len(out)}
+    return {"removed": len(out), "removed_wrongly": int(np.sum(noise_kinds(labels, pids)[out] != "merged"))}
+
+
+
+# %% ../../nbs/12_methods.icsr.ipynb #0021abcd
+def global_clusters(feats,  # N x D
+                    s,      # the run's settings
+                    how,    # infomap, agglomerative or dbscan
+                    ) -> np.ndarray:
+    "Clusters of all images, by the chosen algorithm."
+    if how == "infomap": return infomap(feats, s.knn, s.min_similarity, s.min_size)
+    if how == "agglomerative": return agglomerative(jaccard_similarity(feats, s.k1, s.k2), s.n_clusters or max(2, len(feats) // 20))
+    return dbscan(jaccard_similarity(feats, s.k1, s.k2, min_similarity=min_similarity(s.eps)), s.eps, s.min_samples)
+
+# %% ../../nbs/12_methods.icsr.ipynb #0022abcd
 class ICSR(Contrast):
     "Cluster Contrast on global clusters from which each camera's own clusters have struck out what does not belong (Li et al. 2023)."
     settings = dict(batch_size=64, instances=4, bn_group_size=16, temperature=0.05, momentum=0.1, update="mean",
@@ -210,6 +233,8 @@ class ICSR(Contrast):
                 "synthetic": dict(clustering="dbscan", temperature=0.1, momentum=0.2, camera_epochs=5, camera_iterations=30),
                 "synthetic-tiny": dict(batch_size=32, clustering="dbscan", temperature=0.1, momentum=0.2, camera_epochs=2, camera_iterations=5), "synthetic-large": {}}
 
+    def __init__(self): self.counts = {}
+
     def prepare(self, t):
         "Stage 1, once."
         s = t.settings
@@ -219,20 +244,19 @@ class ICSR(Contrast):
         need_cameras(t.cams)
         if s.nodes != "none": self.local = camera_labels(t)
 
-    def clusters(self, t, feats, how):
-        "Global clusters."
-        s = t.settings
-        if how == "infomap": return infomap(feats, s.knn, s.min_similarity, s.min_size, device=t.device)
-        if how == "agglomerative": return agglomerative(jaccard_similarity(feats, s.k1, s.k2), s.n_clusters or max(2, len(feats) // 20))
-        return dbscan(jaccard_similarity(feats, s.k1, s.k2, min_similarity=min_similarity(s.eps)), s.eps, s.min_samples)
-
     def labels(self, t, feats):
         "Global clusters, less what the information nodes strike out."
         s = t.settings
-        self.raw = labels = self.clusters(t, feats.global_, s.clustering)
+        labels = global_clusters(feats.global_, s, s.clustering)
         if s.nodes == "none": return labels
-        speakers = labels if s.nodes_from == "labels" else self.clusters(t, feats.global_, "infomap")
-        self.nodes = information_nodes(node_scores(*knn(feats.global_, s.knn, device=t.device), s.min_similarity), speakers, s.nodes)
-        return refine_labels(labels, self.nodes, t.cams, self.local, pace(t.epoch, s.epochs), t.rng.random(len(labels)) if s.self_paced else None)
+        speakers = labels if s.nodes_from == "labels" else global_clusters(feats.global_, s, "infomap")
+        self.nodes = information_nodes(node_scores(*knn(feats.global_, s.knn), s.min_similarity), speakers, s.nodes)
+        new = refine_labels(labels, self.nodes, t.cams, self.local, pace(t.epoch, s.epochs), t.rng.random(len(labels)) if s.self_paced else None)
+        self.counts = count_removed(labels, new, t.pids)
+        return new
+
+    def end_epoch(self, t): return self.counts
+    def state(self): return {"counts": self.counts}
+    def load_state(self, t, state): self.counts = state["counts"]
 
 METHOD = ICSR
