@@ -179,6 +179,7 @@ def load_state(module,       # nn.Module to fill
                state,        # dict name -> tensor
                source="the file",  # named in the error
                ignore=("fc.",),    # prefixes that may be left over: a classifier is not part of a backbone
+               holds=None,         # what the file is, for the error; None: judged by its names
                ):
     "Copy `state` into `module` strictly; ValueError names every tensor that does not fit."
     have = module.state_dict()
@@ -189,7 +190,7 @@ def load_state(module,       # nn.Module to fill
     if missing or extra or shape:
         lines = [f"{len(names)} {what}: {', '.join(names)}"
                  for what, names in (("missing", missing), ("unexpected", extra), ("of another shape", shape)) if names]
-        raise ValueError(f"{source} does not fit this network (" + "; ".join(lines) + f"). It holds {kind_of(state)}. Nothing was loaded.")
+        raise ValueError(f"{source} does not fit this network (" + "; ".join(lines) + f"). It holds {holds or kind_of(state)}. Nothing was loaded.")
     module.load_state_dict(have | state)
 
 # %% ../nbs/03_models.ipynb #0069abcd
