@@ -1,9 +1,9 @@
-# make demo | test | lab | site | export | help: each sets up .venv on first use.
+# make demo | test | lab | site | export | diff | help: each sets up .venv on first use.
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test lab site export
+.PHONY: help demo test lab site export diff
 help:  ## list these commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
 
@@ -26,6 +26,11 @@ export: $(VENV)/.installed  ## after editing notebooks: modules, clean notebooks
 	$(BIN)/nbdev_export && rm -f pyproject.toml  # setup.py and settings.ini say it all
 	$(BIN)/nbdev_clean
 	$(BIN)/python -c 'from reidbook.site import make_readme; make_readme()'
+
+# notebooks as text: prose and code, no outputs, no metadata; make diff SINCE=main..branch
+SINCE ?= HEAD
+diff: $(VENV)/.installed  ## what changed in the notebooks, as text
+	@git -c diff.ipynb.textconv="$(abspath $(BIN))/jupytext --quiet --to md:markdown --opt notebook_metadata_filter=-all --output -" -c diff.ipynb.cachetextconv=false --no-pager diff $(SINCE) -- '*.ipynb'
 
 # torch and faiss are their CUDA builds: about 7 GB, a minute or two
 $(VENV)/.installed: settings.ini setup.py constraints.txt
