@@ -55,7 +55,7 @@ def fused_similarity(feats,         # `Features` with two parts
     if reach > 0: halves = [half.multiply(sim > 0).tocsr() for half in halves]
     return fuse(sim, *halves, lambda1)
 
-# %% ../../nbs/15_methods.purification.ipynb #0045abcd
+# %% ../../nbs/15_methods.purification.ipynb #0047abcd
 def weigh(terms,    # three scalars, in the order of `VIEWS`
           lambda2,  # weight of each half; the whole keeps 1 - lambda2
           ):
@@ -63,7 +63,7 @@ def weigh(terms,    # three scalars, in the order of `VIEWS`
     whole, upper, lower = terms
     return (1 - lambda2) * whole + lambda2 * upper + lambda2 * lower
 
-# %% ../../nbs/15_methods.purification.ipynb #0047abcd
+# %% ../../nbs/15_methods.purification.ipynb #0049abcd
 def memory_loss(banks,        # three ClusterMemory, one per view, for the same clusters
                 feats,        # (B x D, B x 2 x D), as the network gives them
                 targets,      # B labels in 0..C-1
@@ -72,7 +72,7 @@ def memory_loss(banks,        # three ClusterMemory, one per view, for the same 
     "InfoNCE of each view against its own bank, weighed (Lan et al. 2023; the weights are those of the released code)."
     return weigh([bank(view, targets) for bank, view in zip(banks, views(feats))], lambda2)
 
-# %% ../../nbs/15_methods.purification.ipynb #0051abcd
+# %% ../../nbs/15_methods.purification.ipynb #0053abcd
 def pull(student,  # B x D; normalised here
          teacher,  # B x D; normalised here, and gets no gradient
          ):        # scalar tensor between 0 and 4
@@ -86,7 +86,7 @@ def distillation_loss(feats,        # (B x D, B x 2 x D) of the student
     "The pull in every view, weighed as the memory loss is."
     return weigh([pull(a, b) for a, b in zip(views(feats), views(teacher))], lambda2)
 
-# %% ../../nbs/15_methods.purification.ipynb #0060abcd
+# %% ../../nbs/15_methods.purification.ipynb #0062abcd
 class ThreeViews(training.Method):
     "Fused similarity, one bank per view, the whole image at test (Lan et al. 2023, feature purification): the teacher."
     settings = dict(temperature=0.05, momentum=0.1,
@@ -99,11 +99,14 @@ class ThreeViews(training.Method):
         s = t.settings
         return create_model(s.backbone, s.weights, pooling=s.pooling, parts=2, bn_group_size=s.bn_group_size, seed=t.seed)
 
-    def labels(self, t, feats):
-        "DBSCAN on the fused similarity; a start that is not the network's has no halves."
+    def clusters(self, t, feats, lambda1):
+        "DBSCAN on the fused similarity."
         s = t.settings
-        lambda1 = 0.0 if t.epoch == 0 and s.start != "model" else s.lambda1
         return dbscan(fused_similarity(feats, s.k1, s.k2, lambda1, min_similarity(s.eps)), s.eps, s.min_samples)
+
+    def labels(self, t, feats):
+        "Clusters of all views; a start that is not the network's has no halves."
+        return self.clusters(t, feats, 0.0 if t.epoch == 0 and t.settings.start != "model" else t.settings.lambda1)
 
     def start_epoch(self, t, feats):
         "One prototype per cluster and view."
@@ -119,7 +122,7 @@ class ThreeViews(training.Method):
         "Each view of the batch writes itself into its bank."
         for bank, view in zip(self.banks, views(batch.feats)): bank.update(view, batch.labels)
 
-# %% ../../nbs/15_methods.purification.ipynb #0062abcd
+# %% ../../nbs/15_methods.purification.ipynb #0064abcd
 def train_teacher(t,         # state of the student's run
                   settings,  # of the teacher, a dict
                   folder,    # for checkpoints, or None
@@ -129,14 +132,14 @@ def train_teacher(t,         # state of the student's run
     for _ in tqdm(training.epochs(own), total=settings["epochs"], initial=own.epoch, desc="teacher"): pass
     return {"state_dict": {k: v.cpu() for k, v in own.model.state_dict().items()}, "history": own.history}
 
-# %% ../../nbs/15_methods.purification.ipynb #0064abcd
+# %% ../../nbs/15_methods.purification.ipynb #0066abcd
 TEACHER_BN = ("frozen", "batch")  # the teacher's batch norm: its running statistics, or the batch's, as released
 STUDENT = dict(mu=1.0,      # weight of the pull to the teacher
                warm=2,      # length of the teacher's epoch at the start, in epochs; 0: none
                teacher="",  # file of a trained teacher; empty: train one
                teacher_bn="frozen")
 
-# %% ../../nbs/15_methods.purification.ipynb #0065abcd
+# %% ../../nbs/15_methods.purification.ipynb #0067abcd
 class Purification(ThreeViews):
     "A student beside its frozen teacher, after a warm epoch on the teacher's clusters (Lan et al. 2023, label purification). With mu = 0 and warm = 0 it is `ThreeViews`."
     settings = ThreeViews.settings | STUDENT
@@ -162,13 +165,12 @@ class Purification(ThreeViews):
     def labels(self, t, feats):
         "In the warm epoch the teacher's clusters."
         if not self.warm: return super().labels(t, feats)
-        s = t.settings
-        feats = extract_features(self.teacher, t.images, device=t.device)
-        return dbscan(fused_similarity(feats, s.k1, s.k2, s.lambda1, min_similarity(s.eps)), s.eps, s.min_samples)
+        self.told = extract_features(self.teacher, t.images, device=t.device)
+        return self.clusters(t, self.told, t.settings.lambda1)
 
     def start_epoch(self, t, feats):
         "In the warm epoch the teacher's prototypes, which stay as they are."
-        super().start_epoch(t, extract_features(self.teacher, t.images, device=t.device) if self.warm else feats)
+        super().start_epoch(t, self.told if self.warm else feats)
         if self.warm:
             for bank in self.banks: bank.momentum = 1.0
 
