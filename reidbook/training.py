@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'PRECISIONS', 'SYNTHETIC', 'DATASETS', 'STARTS', 'LOCKS', 'CHECKPOINTS', 'by_dataset', 'resolve', 'Plan',
-           'Method', 'Plug', 'find_plug', 'start', 'fresh_network', 'run_network', 'quicken', 'seed_epoch', 'features',
-           'make_labels', 'check_labels', 'batches', 'read', 'ahead', 'augmented', 'view', 'train_epoch', 'has_test',
-           'test', 'epochs', 'one_epoch', 'describe_labels', 'describe_test', 'write_whole', 'hold', 'lock', 'in_use',
-           'release', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'stage', 'write_stage', 'plot_history']
+           'Method', 'Plug', 'find_plug', 'start', 'make_optimizer', 'fresh_network', 'run_network', 'quicken',
+           'seed_epoch', 'features', 'make_labels', 'check_labels', 'batches', 'read', 'ahead', 'augmented', 'view',
+           'train_epoch', 'has_test', 'test', 'epochs', 'one_epoch', 'describe_labels', 'describe_test', 'write_whole',
+           'hold', 'lock', 'in_use', 'release', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'stage',
+           'write_stage', 'plot_history']
 
 # %% ../nbs/09_training.ipynb #0003abcd
 import contextlib
@@ -34,7 +35,7 @@ import torch
 from . import parallel
 from .data import column, load_images, pk_batches, train_transform
 from .evaluation import evaluate
-from .models import Features, create_model, extract_features, pick_device
+from .models import Features, create_model, extract_features, load_state, pick_device
 from .noise import label_quality
 from .synthetic import histogram_features, pixel_features
 
@@ -50,6 +51,8 @@ SETTINGS = dict(
     flip=0.5, pad=10, erase=0.5, jitter=0.0,   # augmentation
     k1=30, k2=6, eps=0.6, min_samples=4,    # Jaccard similarity and DBSCAN
     start="model",                          # first labels: the model's features, or "pixels" or "histogram" (held for three epochs)
+    source="",                              # a labelled data set to train on first, with labels (16_adaptation)
+    optimizer="auto",                       # adam or sgd; auto: sgd with momentum for transformers, as PASS trains them, else adam
     correct="",                             # a plug that corrects any method's labels, such as "glc"
     eval_every=10,                          # epochs between tests; the last is always tested
     precision="bfloat16",                   # inside the network on a GPU, or "float32"; a CPU computes in float32
@@ -94,6 +97,7 @@ def resolve(method,      # a Method class
             raise ValueError(f"setting {name}={value!r}: expected {want.__name__}, such as {settings[name]!r}")
         settings[name] = value
     if settings["start"] not in ("model", *STARTS): raise ValueError(f"setting start={settings['start']!r}: expected model, {' or '.join(STARTS)}")
+    if settings["optimizer"] not in ("auto", "adam", "sgd"): raise ValueError(f"setting optimizer={settings['optimizer']!r}: expected auto, adam or sgd")
     if settings["precision"] not in PRECISIONS: raise ValueError(f"setting precision={settings['precision']!r}: expected {' or '.join(PRECISIONS)}")
     return settings
 
@@ -178,6 +182,7 @@ def start(dataset,        # a data.Dataset
     with parallel.together():
         t.images = parallel.in_turn(lambda: load_images(dataset.train.path, (s.height, s.width), cache=cache)) if images is None else images
         seed_epoch(t)
+        t.source = importlib.import_module("reidbook.adaptation").source_weights(t) if s.source else None
         if s.epochs: t.method.prepare(t)
         seed_epoch(t)  # again: new layers are the same whether a stage was made or found
         fresh_network(t)
@@ -185,16 +190,24 @@ def start(dataset,        # a data.Dataset
     if checkpoint: load_checkpoint(t, checkpoint)
     return t
 
-# %% ../nbs/09_training.ipynb #0024abcd
+# %% ../nbs/09_training.ipynb #0025abcd
+def make_optimizer(t):
+    "The optimiser of all parameters that are trained."
+    s, params = t.settings, [p for p in t.model.parameters() if p.requires_grad]
+    sgd = s.optimizer == "sgd" or s.optimizer == "auto" and s.backbone.startswith("vit")
+    if sgd: return torch.optim.SGD(params, lr=s.lr, momentum=0.9, weight_decay=s.weight_decay)
+    return torch.optim.Adam(params, lr=s.lr, weight_decay=s.weight_decay, fused=t.device.type == "cuda")
+
+# %% ../nbs/09_training.ipynb #0026abcd
 def fresh_network(t):
     "Network and optimiser as at the start of a run."
     t.model, t.weights = t.method.model(t)
     t.model.to(t.device)
     quicken(t)
-    t.optimizer = torch.optim.Adam([p for p in t.model.parameters() if p.requires_grad], lr=t.settings.lr, weight_decay=t.settings.weight_decay,
-                                   fused=t.device.type == "cuda")
+    if t.source: load_state(t.model.backbone, t.source["backbone"]); t.weights = t.source["weights"]
+    t.optimizer = make_optimizer(t)
 
-# %% ../nbs/09_training.ipynb #0026abcd
+# %% ../nbs/09_training.ipynb #0028abcd
 def run_network(model, settings, images):
     "The network's outputs in float32: computed in the settings' precision on a GPU, and by all processes together in training."
     forward = partial(type(model).forward, model)
@@ -203,7 +216,7 @@ def run_network(model, settings, images):
         out = parallel.shared_forward(forward, images, settings.bn_group_size) if model.training else forward(images)
     return tuple(x if x is None else x.float() for x in out)
 
-# %% ../nbs/09_training.ipynb #0027abcd
+# %% ../nbs/09_training.ipynb #0029abcd
 def quicken(t):
     "Let the network run through `run_network` where that changes anything: on a GPU, or when this process is one of several."
     if t.device.type == "cuda":
@@ -212,7 +225,7 @@ def quicken(t):
     if t.settings.compile: t.model.backbone.compile()
     if t.device.type == "cuda" or parallel.size() > 1: t.model.forward = partial(run_network, t.model, t.settings)
 
-# %% ../nbs/09_training.ipynb #0035abcd
+# %% ../nbs/09_training.ipynb #0037abcd
 def seed_epoch(t):
     "Fresh generators for sampling (numpy) and augmentation (torch, CPU) that depend on seed and epoch only; so do the global ones of torch (every device), numpy and Python."
     t.rng = np.random.default_rng([t.seed, t.epoch + 1])
@@ -221,14 +234,14 @@ def seed_epoch(t):
     np.random.seed(t.generator.initial_seed() % 2 ** 32)
     random.seed(t.generator.initial_seed())
 
-# %% ../nbs/09_training.ipynb #0039abcd
+# %% ../nbs/09_training.ipynb #0041abcd
 def features(t, images):
     "`Features` of N x 3 x H x W images; of several processes each does its share."
     rows, device = parallel.share(len(images)), t.device
     mine = extract_features(t.model, images[rows], batch_size=1024 if device.type == "cuda" else 256, device=device)
     return Features(*(parallel.gather(x, rows, len(images), device) for x in (mine.global_, mine.parts)))
 
-# %% ../nbs/09_training.ipynb #0040abcd
+# %% ../nbs/09_training.ipynb #0042abcd
 def make_labels(t):
     "Features of all training images, then this epoch's labels (unless the plan freezes them)."
     feats = features(t, t.images)
@@ -240,7 +253,7 @@ def make_labels(t):
     check_labels(t)
     return feats
 
-# %% ../nbs/09_training.ipynb #0041abcd
+# %% ../nbs/09_training.ipynb #0043abcd
 def check_labels(t):
     "ValueError when there is nothing to train on: fewer than two clusters, or first labels with a known precision below 0.2."
     clusters, outliers = t.labels.max() + 1, int((t.labels < 0).sum())
@@ -253,7 +266,7 @@ def check_labels(t):
             raise ValueError(f"the first labels have pairwise precision {precision:.2f} (below 0.2): nothing is learnt from such clusters. "
                              f"The start was: {t.weights}. Use pre-trained weights, start=histogram, or a smaller eps.")
 
-# %% ../nbs/09_training.ipynb #0043abcd
+# %% ../nbs/09_training.ipynb #0045abcd
 def batches(t):
     "This epoch's batches: augmented images on the device, row numbers, labels and cameras."
     s = t.settings
@@ -264,7 +277,7 @@ def batches(t):
         yield SimpleNamespace(index=index, images=augmented(t, images), targets=targets, labels=torch.from_numpy(targets).to(t.device, non_blocking=True),
                               cams=None if t.cams is None else t.cams[index])
 
-# %% ../nbs/09_training.ipynb #0045abcd
+# %% ../nbs/09_training.ipynb #0047abcd
 def read(t, index):
     "Images `index`, in memory from which a GPU can fetch them on its own."
     images = torch.from_numpy(np.array(t.images[index]))
@@ -282,7 +295,7 @@ def ahead(t, indices):
             if len(queue) > 1: index, images = queue.pop(0); yield index, images.result()
         for index, images in queue: yield index, images.result()
 
-# %% ../nbs/09_training.ipynb #0046abcd
+# %% ../nbs/09_training.ipynb #0048abcd
 def augmented(t, images):
     "A batch of images on the device, each with a fresh draw."
     s = t.settings
@@ -292,7 +305,7 @@ def view(t, index):
     "A freshly augmented view of training images `index`, on the device."
     return augmented(t, read(t, index))
 
-# %% ../nbs/09_training.ipynb #0047abcd
+# %% ../nbs/09_training.ipynb #0049abcd
 def train_epoch(t) -> dict:
     "All batches of one epoch; mean of every loss term."
     t.model.train()
@@ -312,12 +325,12 @@ def train_epoch(t) -> dict:
     if not np.isfinite(means["loss"]): raise ValueError(f"epoch {t.epoch}: the loss is {means['loss']}; lower lr (now {t.plan.lr:g})")
     return means
 
-# %% ../nbs/09_training.ipynb #0049abcd
+# %% ../nbs/09_training.ipynb #0051abcd
 def has_test(dataset) -> bool:
     "Is there a query and a gallery with identities to score?"
     return dataset.query is not None and len(dataset.query) > 0 and column(dataset.query, "pid") is not None
 
-# %% ../nbs/09_training.ipynb #0050abcd
+# %% ../nbs/09_training.ipynb #0052abcd
 def test(t):
     "Features of query and gallery, and their evaluation: `(evaluation, query Features, gallery Features)`."
     s, d = t.settings, t.dataset
@@ -328,7 +341,7 @@ def test(t):
     ids = [column(table, name) for name in ("pid", "cam") for table in (d.query, d.gallery)]
     return evaluate(q.global_, g.global_, *ids), q, g
 
-# %% ../nbs/09_training.ipynb #0052abcd
+# %% ../nbs/09_training.ipynb #0054abcd
 def epochs(t):
     "Train epoch after epoch; yields one flat record each: losses, clusters, label quality, test measures, seconds."
     while t.epoch < t.settings.epochs:
@@ -336,7 +349,7 @@ def epochs(t):
         if t.out and not parallel.rank(): save_checkpoint(t)
         yield t.history[-1]
 
-# %% ../nbs/09_training.ipynb #0053abcd
+# %% ../nbs/09_training.ipynb #0055abcd
 def one_epoch(t) -> dict:
     "All hooks of one epoch, in order, and its record."
     clock = [time.perf_counter()]
@@ -354,7 +367,7 @@ def one_epoch(t) -> dict:
     if t.epoch % t.settings.eval_every == 0 or t.epoch == t.settings.epochs: record |= describe_test(test(t))
     return record | seconds | {"seconds_test": lap()}
 
-# %% ../nbs/09_training.ipynb #0054abcd
+# %% ../nbs/09_training.ipynb #0056abcd
 def describe_labels(labels, pids):
     "Flat description of pseudo labels: counts, and quality where identities are known."
     record = {"clusters": int(labels.max() + 1), "outliers": int((labels < 0).sum())}
@@ -362,14 +375,14 @@ def describe_labels(labels, pids):
     q = label_quality(labels, pids)
     return record | {f"label_{k}": round(float(getattr(q, k)), 6) for k in ("pairwise_precision", "pairwise_recall", "pairwise_f", "bcubed_f", "nmi", "ari")}
 
-# %% ../nbs/09_training.ipynb #0055abcd
+# %% ../nbs/09_training.ipynb #0057abcd
 def describe_test(result):
     "Flat description of a test, fractions in [0, 1]."
     if result is None: return {}
     e = result[0]
     return {"mAP": float(e.mAP), "rank1": float(e.cmc[0]), "rank5": float(e.cmc[min(4, len(e.cmc) - 1)]), "mINP": float(e.mINP)}
 
-# %% ../nbs/09_training.ipynb #0060abcd
+# %% ../nbs/09_training.ipynb #0062abcd
 def write_whole(path, content):
     "Write bytes beside, then rename. OSError leaves what was there before, and says so."
     temporary = Path(path).with_suffix(".tmp")
@@ -380,7 +393,7 @@ def write_whole(path, content):
         with contextlib.suppress(OSError): temporary.unlink()  # makes room again
         raise OSError(e.errno, f"{path} cannot be written ({e.strerror}); what was there before is untouched. Make room or give write access, then start the run again: it goes on") from e
 
-# %% ../nbs/09_training.ipynb #0063abcd
+# %% ../nbs/09_training.ipynb #0065abcd
 LOCKS = {}  # (folder, name) -> open file, for the folders that this process writes to
 
 def hold(folder,
@@ -401,7 +414,7 @@ def hold(folder,
     file.write(f"process {os.getpid()} on {platform.node()}"); file.flush()
     LOCKS[folder, name] = file
 
-# %% ../nbs/09_training.ipynb #0064abcd
+# %% ../nbs/09_training.ipynb #0066abcd
 def lock(file) -> bool:
     "Lock an open file if nobody else has; systems without such locks (Windows) do without."
     try: import fcntl
@@ -421,10 +434,10 @@ def release(folder, name="state"):
     "Give a lock back."
     if file := LOCKS.pop((Path(folder).resolve(), name), None): file.close()
 
-# %% ../nbs/09_training.ipynb #0067abcd
+# %% ../nbs/09_training.ipynb #0069abcd
 CHECKPOINTS = ("checkpoint.pt", "previous.pt")  # the newest, and the one before it
 
-# %% ../nbs/09_training.ipynb #0068abcd
+# %% ../nbs/09_training.ipynb #0070abcd
 def save_checkpoint(t):
     "Everything a restart needs, in `out/checkpoint.pt`, and the records in `out/metrics.jsonl`; the checkpoint before it becomes `out/previous.pt`."
     blob = {"epoch": t.epoch, "model": t.model.state_dict(), "optimizer": t.optimizer.state_dict(), "labels": torch.from_numpy(t.labels),
@@ -437,7 +450,7 @@ def save_checkpoint(t):
     os.replace(t.out / "next.pt", newest)
     write_whole(t.out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in t.history).encode())
 
-# %% ../nbs/09_training.ipynb #0070abcd
+# %% ../nbs/09_training.ipynb #0072abcd
 def read_checkpoint(folder, device="cpu"):
     "The newest checkpoint in `folder` that is whole; None when there is none, ValueError when none of them is."
     damaged = []
@@ -455,7 +468,7 @@ def read_checkpoint(folder, device="cpu"):
         return blob
     if damaged: raise ValueError("; ".join(damaged) + ": remove what is damaged to start afresh")
 
-# %% ../nbs/09_training.ipynb #0071abcd
+# %% ../nbs/09_training.ipynb #0073abcd
 def load_checkpoint(t, blob):
     "Continue from a checkpoint; ValueError when it does not fit this network."
     try: t.model.load_state_dict(blob["model"]); t.optimizer.load_state_dict(blob["optimizer"])
@@ -464,7 +477,7 @@ def load_checkpoint(t, blob):
     t.method.load_state(t, blob["method"])
     t.plug.load_state(t, blob["plug"])
 
-# %% ../nbs/09_training.ipynb #0078abcd
+# %% ../nbs/09_training.ipynb #0080abcd
 def stage(t,      # the training state, in `Method.prepare`
           name,   # of the stage, a word
           needs,  # dict of the settings it depends on
@@ -484,7 +497,7 @@ def stage(t,      # the training state, in `Method.prepare`
         release(folder)
     return torch.load(result, map_location="cpu", weights_only=True)
 
-# %% ../nbs/09_training.ipynb #0079abcd
+# %% ../nbs/09_training.ipynb #0081abcd
 def write_stage(result, made):
     "Keep a stage's result; the checkpoints on the way to it have done their work."
     buffer = io.BytesIO()
@@ -492,7 +505,7 @@ def write_stage(result, made):
     write_whole(result, buffer.getbuffer())
     for name in CHECKPOINTS: (result.parent / name).unlink(missing_ok=True)
 
-# %% ../nbs/09_training.ipynb #0084abcd
+# %% ../nbs/09_training.ipynb #0086abcd
 def plot_history(history,  # records from `epochs`
                  identities=None,  # true number of identities, drawn as a line
                  ):
