@@ -165,9 +165,9 @@ def steps(tiny, n, epoch=0, **given):
     "A PPLR epoch in float64 that records its batches: state before, batches, state after."
     seen = []
     class Recorder(PPLR):
-        def add_classifiers(self, t, means):
+        def start_epoch(self, t, feats):
             torch.set_default_dtype(torch.float64)
-            try: super().add_classifiers(t, means)
+            try: super().start_epoch(t, feats)
             finally: torch.set_default_dtype(torch.float32)
         def loss(self, t, batch):
             batch.images = batch.images.double()
@@ -282,3 +282,128 @@ def test_groups_are_replicas(tiny):
     for name, value in one.state_dict().items(): assert_allclose(value, replicas[0].state_dict()[name], rtol=1e-10, atol=1e-14, err_msg=name)
     whole = loss(*alone(images))
     assert abs(whole.item() - ours.item()) > 1e-3  # one group of 64 is another loss
+
+
+# ---- the loop
+
+def short(**given): return training.resolve(PPLR, "synthetic-tiny", epochs=2, iterations=3, eval_every=2, **given)
+
+
+@pytest.mark.parametrize("given", [{}, {"rows": 40}])
+def test_resume_repeats_the_run(tiny, tmp_path, given):
+    "Stopped after an epoch and continued from the checkpoint: the same weights; with a table of rows its moments travel along."
+    runs = {}
+    for name in ("whole", "stopped"):
+        t = training.start(tiny, PPLR, short(**given), seed=1, out=tmp_path / name, device="cpu")
+        epochs = training.epochs(t)
+        next(epochs)
+        if name == "stopped": t = training.start(tiny, PPLR, short(**given), seed=1, out=tmp_path / name, device="cpu")
+        assert len(t.optimizer.param_groups) == 1  # the classifiers have left
+        list(training.epochs(t) if name == "stopped" else epochs)
+        runs[name] = t
+    a, b = (r.model.state_dict() for r in runs.values())
+    for k in a: assert torch.equal(a[k], b[k]), k
+    kept = runs["whole"].method.kept
+    if given: assert kept["rows"].shape == (4, 40, 128) and float(kept["moments"]["exp_avg"].abs().max()) > 0
+    else: assert kept is None
+
+
+def test_too_few_rows_are_refused(tiny):
+    t = training.start(tiny, PPLR, short(rows=5), seed=1, device="cpu")
+    with pytest.raises(ValueError, match="rows=5.*rows=0"): next(training.epochs(t))
+
+
+def test_camera_variant_needs_cameras_and_uses_them(tiny):
+    without = copy.copy(tiny)
+    without.train = tiny.train.drop(columns="cam")
+    with pytest.raises(ValueError, match="no camera numbers"): training.start(without, PPLR, short(camera=True), seed=1, device="cpu")
+    record = next(training.epochs(training.start(without, PPLR, short(), seed=1, device="cpu")))
+    assert "camera" not in record
+    record = next(training.epochs(training.start(tiny, PPLR, short(camera=True, compat=True), seed=1, device="cpu")))
+    assert record["camera"] > 0
+
+
+def test_published_settings():
+    "Section 6 of the specification."
+    def of(name): return [training.resolve(PPLR, name)[k] for k in ("height", "width", "eps", "camera_eps", "camera_weight", "instances")]
+    assert of("market1501") == [384, 128, 0.5, 0.4, 0.5, 4] == of("dukemtmcreid")
+    assert of("msmt17") == [384, 128, 0.5, 0.6, 1.0, 4]
+    assert of("veri776") == [256, 256, 0.7, 0.7, 0.5, 8]
+    s = training.resolve(PPLR, "market1501")
+    want = dict(batch_size=64, iterations=400, epochs=50, parts=3, k=20, beta=0.5, aals_epoch=5, k1=30, k2=6, min_samples=4, lr=3.5e-4, weight_decay=5e-4,
+                lr_step=20, bn_group_size=16, backbone="resnet50", pooling="avg", smoothing=0.1, camera_temperature=0.07, hard_negatives=50, eval_every=5,
+                flip=0.5, pad=10, erase=0.5, jitter=0.0, scale=1.0, rows=0, compat=False)
+    assert {k: s[k] for k in want} == want
+
+
+# ---- checkpoints of the released code
+
+def released(model, module=""):
+    "The state of a ReIDModel under the names of PPLR's released code, classifiers and all."
+    numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    state = {}
+    for k, v in model.state_dict().items():
+        first, second, rest = k.split(".", 2)
+        name = f"base.{numbers[second]}.{rest}" if first == "backbone" else f"bnneck{'' if second == '0' else int(second) - 1}.{rest}"
+        state[module + name] = v
+    for n in ("", 0, 1, 2): state[f"{module}classifier{n}.weight"] = torch.zeros(3000, model.dim)
+    return state
+
+
+@pytest.fixture(scope="module")
+def saved():
+    torch.manual_seed(0)
+    model = ReIDModel("resnet18", "avg", parts=3)
+    for p in model.parameters(): p.data.add_(0.01 * torch.randn_like(p))
+    for b in model.buffers():
+        if b.dtype == torch.float32: b.add_(torch.rand_like(b))
+    return model.eval()
+
+
+@pytest.mark.parametrize("module", ["", "module."])
+def test_released_checkpoint_loads_whole(saved, tmp_path, tiny, module):
+    "With and without `module.`, in a .pth.tar with an epoch and a numpy best mAP; then a test without training."
+    path = tmp_path / "model_best.pth.tar"
+    torch.save({"state_dict": released(saved, module), "epoch": 50, "best_mAP": np.float64(0.815)}, path)
+    model, said = create_model("resnet18", str(path), pooling="avg", parts=3)
+    for k, v in saved.state_dict().items(): assert torch.equal(model.state_dict()[k], v), k
+    assert "left out: classifier, classifier0, classifier1, classifier2" in said
+    settings = training.resolve(PPLR, "synthetic-tiny", backbone="resnet18", pooling="avg", weights=str(path))
+    t = training.start(tiny, PPLR, settings, seed=1, device="cpu")
+    assert t.weights == said
+    evaluation, query, gallery = training.test(t)
+    images = torch.rand(2, 3, 64, 32)
+    with torch.no_grad(): assert torch.equal(t.model.eval()(images)[0], saved(images)[0])
+    assert query.parts.shape[1:] == (3, 512) and 0 < evaluation.mAP < 1
+
+
+def test_released_checkpoint_is_strict(saved, tmp_path):
+    state = released(saved)
+    del state["bnneck1.weight"], state["base.4.0.conv1.weight"]
+    path = tmp_path / "broken.pth.tar"
+    torch.save({"state_dict": state | {"extra.weight": torch.zeros(1), "base.9.bias": torch.zeros(1)}}, path)
+    model = ReIDModel("resnet18", "avg", parts=3)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError) as error: load_pretrained(model, "resnet18", path)
+    for name in ("2 missing", "necks.2.weight", "backbone.layer1.0.conv1.weight", "2 unexpected", "extra.weight", "base.9.bias"): assert name in str(error.value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    path = tmp_path / "small.pth"
+    torch.save(released(ReIDModel("resnet18", "avg", parts=2)), path)
+    with pytest.raises(ValueError, match="necks.3.weight"): load_pretrained(model, "resnet18", path)  # a head is not there
+
+
+class Trap:
+    def __reduce__(self): return print, ("code in a checkpoint ran",)
+
+
+def test_checkpoints_run_no_code(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(1)}, "args": Trap()}, tmp_path / "trap.pth.tar")
+    with pytest.raises(Exception, match="[Ww]eights.only"): load_pretrained(ReIDModel("small"), "small", tmp_path / "trap.pth.tar")
+
+
+def test_own_checkpoint_is_a_whole_network(tiny, tmp_path):
+    t = training.start(tiny, PPLR, short(), seed=1, out=tmp_path, device="cpu")
+    next(training.epochs(t))
+    again, said = create_model("small", str(tmp_path / "checkpoint.pt"), pooling="gem", parts=3)
+    assert "whole network" in said
+    for k, v in t.model.state_dict().items(): assert torch.equal(again.state_dict()[k], v), k
