@@ -1,10 +1,12 @@
 "GLC: the released network, training and decoding step for step; corrected labels on made noise; the plug in the loop."
-import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from reidbook import training
 from reidbook.methods import glc
 from reidbook.memory import prototypes
 from reidbook.neighbors import knn
@@ -168,3 +170,156 @@ def test_decode_step_by_step():
     for i in range(n): want.append(-1 if root.count(root[i]) < 3 else names.setdefault(root[i], len(names)))
     np.testing.assert_array_equal(glc.decode(pairs, scores, n, 0.6, 0.3, min_size=3), want)
     assert max(want) > 0 and -1 in want
+
+
+# ----------------------------------------------------------------------------------------------------- corrected labels
+
+QUICK = dict(width=32, k=12, n_classes=20, subgraphs=(12, 12), steps=40, device="cpu")
+
+
+def noisy(seed=0, ids=60, per=12, dim=16, spread=0.8):
+    "Features of made identities, the truth, and labels with splits, merges, flips and outliers."
+    rng = np.random.default_rng(seed)
+    pids = np.repeat(np.arange(ids), per)
+    x = (rng.normal(size=(ids, dim))[pids] + spread * rng.normal(size=(len(pids), dim))).astype(np.float32)
+    labels, order = pids.copy(), rng.permutation(ids)
+    for c in order[:ids // 5]: labels[(pids == c) & (rng.random(len(pids)) < 0.5)] = labels.max() + 1
+    for a, b in order[ids // 5:ids // 5 + ids // 8 * 2].reshape(-1, 2): labels[pids == b] = a
+    flipped = rng.random(len(pids)) < 0.03
+    labels[flipped] = rng.choice(labels, flipped.sum())
+    labels[rng.random(len(pids)) < 0.05] = -1
+    return x, pids, labels
+
+
+def test_correction_raises_pairwise_f():
+    for seed in (0, 1):
+        x, pids, labels = noisy(seed)
+        corrected = glc.correct_labels(x, labels, seed=seed, **QUICK)
+        before, after = label_quality(labels, pids), label_quality(corrected, pids)
+        assert after.pairwise_f > before.pairwise_f + 0.02 and after.images > 0.6 * len(x)
+        assert sorted(set(corrected[corrected >= 0])) == list(range(after.clusters))
+
+
+def test_same_seed_same_labels_and_no_global_generator_touched():
+    x, _, labels = noisy(ids=30)
+    before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    few = QUICK | dict(subgraphs=(3, 2))
+    a, b, c = (glc.correction(torch.from_numpy(x), torch.from_numpy(labels), seed=s, **few).scores for s in (1, 1, 2))
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+    assert torch.equal(before[0], torch.random.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
+
+
+@pytest.mark.parametrize("labels, words", [(np.full(40, -1), "0 cluster"), (np.zeros(40, int), "1 cluster"), (np.arange(40) % 2, "0 component"), (np.arange(40), "0 component")])
+def test_nothing_to_learn_or_nothing_found_gives_the_labels_back(labels, words):
+    x = np.random.default_rng(0).normal(size=(40, 8))
+    with pytest.warns(UserWarning, match=words): out = glc.correct_labels(x, labels, **QUICK | dict(t1=0.999, subgraphs=(2, 1)))
+    np.testing.assert_array_equal(out, labels)
+
+
+def test_a_giant_component_is_reported_and_refused():
+    x, _, labels = noisy(ids=20)
+    x[:80] += 5  # two far groups, all links believed: two components, one too large
+    with pytest.warns(UserWarning, match="one component of"): out = glc.correct_labels(x, labels, **QUICK | dict(t1=0.0, t2=0.0, subgraphs=(2, 1)))
+    assert (out >= 0).sum() == (labels >= 0).sum() and len(set(out)) == len(set(labels))
+
+
+def test_odd_input():
+    x, _, labels = noisy(ids=12)
+    names = np.where(labels < 0, -1, labels * 7 + 3)                       # labels with gaps are fine
+    few = QUICK | dict(subgraphs=(2, 1))
+    assert np.array_equal(glc.correction(x, names, **few).scores, glc.correction(x, labels, **few).scores)
+    assert glc.correction(x[:30], labels[:30], **few | dict(k=50)).pairs.shape == (2, 30 * 29)  # fewer images than k
+    with pytest.raises(ValueError, match="one label for each"): glc.correct_labels(x, labels[1:])
+    x[3] = np.nan
+    with pytest.raises(ValueError, match="NaN"): glc.correct_labels(x, labels)
+
+
+# ------------------------------------------------------------------------------------------------------------- the plug
+
+FAST = dict(iterations=3, glc_subgraphs=[2, 1], glc_steps=4, glc_width=16)
+
+
+@pytest.fixture(scope="module")
+def tiny(root):
+    from reidbook.data import open_dataset
+    return open_dataset("synthetic-tiny", root)
+
+
+def records(t): return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in t.history]
+
+
+def run(tiny, method=glc.METHOD, out=None, stop=None, **settings):
+    t = training.start(tiny, method, training.resolve(method, tiny.name, **FAST | settings), out=out)
+    for r in training.epochs(t):
+        if r["epoch"] == stop: break
+    return t
+
+
+def test_schedule_of_the_shipped_script():
+    "The table of epochs: corrections, the restart, frozen labels, learning rates."
+    s = SimpleNamespace(**training.resolve(glc.METHOD, "msmt17"))
+    plug, due, plans = glc.GLC(), [], []
+    for e in range(50):
+        t = SimpleNamespace(settings=s, epoch=e)
+        plans.append(plug.plan(t, training.Plan(1, s.lr * 0.1 ** (e // s.lr_step))))
+        if not plans[-1].freeze and plug.due(s, e): due.append(e)
+    assert due == [10, 15, 25, 30, 35, 40, 45]
+    assert [e for e, p in enumerate(plans) if p.restart] == [15] and [e for e, p in enumerate(plans) if p.freeze] == [16, 17, 18, 19, 20]
+    np.testing.assert_allclose([plans[e].lr for e in (0, 14, 15, 29, 30, 44, 45)], [3.5e-4, 3.5e-4, 5.5e-4, 5.5e-4, 5.5e-5, 5.5e-5, 5.5e-6])
+
+
+def test_schedules_by_direction():
+    assert glc.schedule("market1501")["glc_start"] == 5 and training.resolve(glc.METHOD, "market1501")["glc_start"] == 5
+    assert glc.schedule("market1501", "msmt17")["glc_interval"] == 6 and glc.schedule("market1501", "msmt17")["glc_restart"] == 15
+    assert glc.schedule("market1501", kind="restart") | dict(glc_start=-1, glc_restart=20, glc_restart_lr=4e-4, glc_restart_step=10) == glc.schedule("market1501", kind="restart")
+    assert glc.schedule("msmt17", kind="glc")["glc_restart"] == -1 and set(glc.schedule("own")) == set(glc.GLC.settings)
+    with pytest.raises(ValueError, match="expected both, glc or restart"): glc.schedule("msmt17", kind="all")
+
+
+def test_restart_trains_a_fresh_network_on_the_old_one_s_labels(tiny):
+    t = training.start(tiny, glc.METHOD, training.resolve(glc.METHOD, tiny.name, **FAST | dict(epochs=4, glc_start=1, glc_restart=1, glc_freeze=1, glc_restart_lr=5e-3)))
+    fresh = {k: v.clone() for k, v in t.model.state_dict().items()}
+    seen, steps, start_epoch = [], training.epochs(t), t.method.start_epoch
+    def spy(t, feats): seen.append((t.epoch, t.labels, all(torch.equal(v, fresh[k]) for k, v in t.model.state_dict().items()))); start_epoch(t, feats)
+    t.method.start_epoch = spy
+    records = list(steps)
+    assert [new for _, _, new in seen] == [True, True, False, False]                 # fresh at the start and at the restart
+    assert np.array_equal(seen[1][1], seen[2][1]) and [r["lr"] for r in records] == [1e-3, 5e-3, 5e-3, 5e-3]
+    assert ["raw_label_pairwise_f" in r for r in records] == [False, True, False, True]
+
+
+def test_resumed_equals_undisturbed(tiny, tmp_path):
+    settings = dict(epochs=4, glc_start=1, glc_interval=1, glc_restart=2, glc_freeze=1)
+    whole = run(tiny, **settings)
+    run(tiny, out=tmp_path, stop=3, **settings)
+    assert records(run(tiny, out=tmp_path, **settings)) == records(whole)
+
+
+def test_no_correction_is_the_baseline(tiny):
+    from reidbook.methods.baseline import Baseline
+    t = training.start(tiny, Baseline, training.resolve(Baseline, tiny.name, epochs=2, iterations=3))
+    assert list(training.epochs(t)) and records(t) == records(run(tiny, epochs=2, glc_start=-1))
+
+
+@pytest.mark.parametrize("name", ["baseline", "pplr", "purification"])
+def test_the_plug_corrects_any_method(tiny, name, monkeypatch):
+    method = pytest.importorskip(f"reidbook.methods.{name}").METHOD
+    seen = []
+    def corrected(features, labels, **settings):
+        seen.append(labels)
+        return SimpleNamespace(labels=np.where(labels > 0, labels - 1, -1), largest=0, note="")  # the first cluster is dropped
+    monkeypatch.setattr(glc, "correction", corrected)
+    t = training.start(tiny, method, training.resolve(method, tiny.name, correct="glc", epochs=2, iterations=2, glc_start=1, glc_interval=1))
+    record = list(training.epochs(t))[-1]
+    assert record["raw_clusters"] == record["clusters"] + 1 and np.array_equal(t.labels, np.where(seen[-1] > 0, seen[-1] - 1, -1))
+
+
+def test_run_through_papermill(root, tmp_path, monkeypatch):
+    import json
+    from reidbook import runs
+    monkeypatch.setattr(runs, "runs_dir", lambda: tmp_path / "runs")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    out = runs.execute("synthetic-tiny", "glc", root=root, settings=dict(epochs=3, iterations=6, glc_start=1, glc_interval=1))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["status"] == "done" and manifest["metrics"]["mAP"] > 0
+    assert ["largest" in json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] == [False, True, True]
