@@ -129,7 +129,7 @@ def train_teacher(t,         # state of the student's run
                   ) -> dict:  # "state_dict", and "history", the records of its epochs
     "A run of `ThreeViews` from its beginning to its last epoch."
     own = training.start(t.dataset, ThreeViews, settings, t.seed, folder, t.device, t.cache, t.images)
-    for _ in tqdm(training.epochs(own), total=settings["epochs"], initial=own.epoch, desc="teacher"): pass
+    for _ in tqdm(training.epochs(own), total=settings["epochs"], initial=own.epoch, desc="teacher", leave=False, delay=10): pass
     return {"state_dict": {k: v.cpu() for k, v in own.model.state_dict().items()}, "history": own.history}
 
 # %% ../../nbs/15_methods.purification.ipynb #0066abcd
