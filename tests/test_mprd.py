@@ -1,11 +1,15 @@
 "MPRD against the released code's own numbers, and against slow, obvious recomputations."
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from reidbook import runs, training
 from reidbook.memory import ClusterMemory
 from reidbook.methods import mprd
+from reidbook.methods.baseline import Baseline
 
 NAMES = {"gnn.conv_params.0": "graph.0", "gnn.conv_params.1": "graph.1", "gnn.conv_params.2": "graph.2", "gnn.conv1d_params1": "conv1",
          "gnn.conv1d_params2": "conv2", "mlp.h1_weights": "fc1", "mlp.h2_weights": "fc2"}
@@ -229,3 +233,95 @@ def test_collected_pairs(g):
     anchors = np.concatenate(draws[2::3])
     assert np.array_equal(np.stack(draws[1::3]), pairs[::2, :2])
     assert np.array_equal(mprd.partner_of(anchors, negatives, g["in.batch_idx"], g["in.batch_tgt"], m), pairs[1::2, 1])
+
+
+# the method
+
+@pytest.fixture(scope="module")
+def tiny(root):
+    from reidbook.data import open_dataset
+    from reidbook.synthetic import make
+    make("synthetic-tiny", root)
+    return open_dataset("synthetic-tiny", root)
+
+
+SHORT = dict(epochs=2, iterations=3, batch_size=16, bn_group_size=8)
+REFEREE = dict(gcn_passes=3, gcn_width=16)
+
+
+def trained(tiny, method=mprd.MPRD, **given):
+    t = training.start(tiny, method, training.resolve(method, tiny.name, **given))
+    return t, list(training.epochs(t))
+
+
+def test_without_its_parts_it_is_cluster_contrast_with_the_hardest_update(tiny):
+    off = dict(alpha=0.0, negative_weight=0.0, alignment_weight=0.0, use_gcn=False)
+    a, mine = trained(tiny, **SHORT, **off)
+    b, base = trained(tiny, Baseline, **SHORT, update="hard")
+    assert [r["loss"] for r in mine] == pytest.approx([r["loss"] for r in base], abs=1e-4)
+    assert np.array_equal(a.labels, b.labels)
+    for p, q in zip(a.model.parameters(), b.model.parameters()): assert torch.allclose(p, q, atol=1e-4)
+    _, r = trained(tiny, **SHORT | dict(epochs=1), **off | dict(alpha=0.2))
+    assert abs(r[0]["loss"] - base[0]["loss"]) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def whole(tiny): return trained(tiny, **SHORT, **REFEREE)
+
+
+def test_the_referee_strikes_out_and_learns(tiny, whole):
+    t, records = whole
+    assert records[0]["flips_apart"] == 0 and all(r[f"kept_{k}"] <= r[f"flips_{k}"] for r in records for k in ("together", "apart"))
+    assert 0 < records[0]["kept_together"] < records[0]["flips_together"]
+    assert any(not torch.equal(v, t.method.pretrained[k]) for k, v in t.method.gcn.state_dict().items())
+    frozen, _ = trained(tiny, **SHORT | dict(epochs=1), **REFEREE, gcn_online=False)
+    assert all(torch.equal(v, frozen.method.pretrained[k]) for k, v in frozen.method.gcn.state_dict().items())
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny, whole, tmp_path):
+    settings, (whole, records) = training.resolve(mprd.MPRD, tiny.name, **SHORT, **REFEREE), whole
+    t = training.start(tiny, mprd.MPRD, settings, out=tmp_path)
+    next(training.epochs(t))
+    again = training.start(tiny, mprd.MPRD, settings, out=tmp_path)
+    second = next(training.epochs(again))
+    assert second["loss"] == pytest.approx(records[1]["loss"], abs=1e-4) and second["flips_apart"] == records[1]["flips_apart"]
+    for p, q in zip(whole.method.gcn.parameters(), again.method.gcn.parameters()): assert torch.allclose(p, q, atol=1e-4)
+
+
+def test_compat_forgets_the_referee_and_takes_the_cluster_next_door(tiny):
+    t, _ = trained(tiny, **SHORT | dict(epochs=1, iterations=2), **REFEREE, compat=True)
+    method = t.method
+    t.plan, t.epoch = None, 1
+    method.gcn.fc2.bias.data += 1
+    method.start_epoch(t, training.extract_features(t.model, t.images))
+    assert all(torch.equal(v, method.pretrained[k]) for k, v in method.gcn.state_dict().items())
+    method.flips = [[np.zeros(0, np.int64)] * len(t.labels)] * 2
+    index = np.array([np.flatnonzero(t.labels == y)[0] for y in (0, 1)])
+    for compat in (True, False):
+        t.settings.compat = compat
+        assert [p.tolist() for p in method.hard_pairs(t, index)[0]] == [method.mates[i - compat].tolist() for i in index]
+
+
+def test_judged_asks_each_pair_once_and_keeps_what_is_believed(g, monkeypatch):
+    memory, = tensors(g, "in.features")
+    asked = []
+    def close(gcn, memory, pairs, compat=False): asked.append(len(pairs)); return (np.abs(pairs[:, 0] - pairs[:, 1]) < 3).astype(float)
+    monkeypatch.setattr(mprd, "same_person", close)
+    lists = [np.array([1, 5]), np.array([0, 2]), np.zeros(0, np.int64)]
+    assert [x.tolist() for x in mprd.judged(None, memory, np.array([0, 1, 7]), lists, True)] == [[1], [0, 2], []]
+    assert [x.tolist() for x in mprd.judged(None, memory, np.array([0, 1, 7]), lists, False)] == [[5], [], []]
+    assert asked == [3, 3]  # 0-1, 0-5 and 1-2
+
+
+def test_rows_of_the_memory_keep_the_last_copy():
+    memory, f = torch.zeros(4, 2), torch.tensor([[1.0, 0], [0, 1], [0, -1]])
+    mprd.write_rows(memory, f, np.array([2, 0, 2]))
+    assert memory.tolist() == [[0, 1], [0, 0], [0, -1], [0, 0]]
+
+
+@pytest.mark.parametrize("use_gcn", [True, False])
+def test_papermill_run(root, tmp_path, monkeypatch, use_gcn):
+    monkeypatch.setattr(runs, "runs_dir", lambda: tmp_path)
+    out = runs.execute("synthetic-tiny", "mprd", root=root, settings=dict(use_gcn=use_gcn, epochs=2, iterations=2))
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["epoch"] == 2 and 0 < last["mAP"] <= 1 and ("kept_apart" in last) == use_gcn
