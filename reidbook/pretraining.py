@@ -122,7 +122,9 @@ def move_centers(centers, teacher, momentum=0.9):
     return momentum * centers + (1 - momentum) * teacher.mean(1, keepdim=True).detach()
 
 # %% ../nbs/17_pretraining.ipynb #0030abcd
-def cosine(step, steps, first, last): return last + (first - last) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def cosine(step, steps, first, last):
+    "From `first` to `last` along half a cosine."
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 def schedule(s, step, steps):
     "Learning rate, weight decay and teacher momentum of a step."

@@ -65,7 +65,7 @@ def missing_names(page, text):
     out = []
     for name in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", FENCE.sub("", text)):
         if re.fullmatch(r"\d\d_[\w.]+(?:\.ipynb)?", name) and name.removesuffix(".ipynb") not in BOOKS: out.append(f"{page}: no chapter {name}")
-        dotted = re.fullmatch(r"(?:reidbook\.)?(" + "|".join(map(re.escape, MODULES)) + r")\.([A-Za-z]\w*)(?:\([^)]*\))?", name)
+        dotted = re.fullmatch(r"(?:reidbook\.)?(" + "|".join(re.escape(m) for m in MODULES if m != "batch") + r")\.([A-Za-z]\w*)(?:\([^)]*\))?", name)
         if dotted and not hasattr(importlib.import_module(f"reidbook.{dotted[1]}"), dotted[2]) and dotted[2] not in ("py", "yaml", "json", "ipynb", "npz"):
             out.append(f"{page}: no {name}")
     for line in commands(text):
@@ -107,7 +107,7 @@ def test_links_and_citations(path):
     from reidbook.site import heading_id
     for file, anchor in re.findall(r"\]\(([\w.]*\.ipynb)?#([^)\s]+)\)", prose(path)):
         target = nbs / file if file else path
-        heads = {heading_id(h) for h in re.findall(r"^#+ (.+)$", prose(target), re.M)} if target.exists() else set()
+        heads = {heading_id(h, set()) for h in re.findall(r"^#+ (.+)$", prose(target), re.M)} if target.exists() else set()
         if anchor not in heads: problems.append(f"no heading #{anchor} in {target.name}")
     assert problems == []
 
