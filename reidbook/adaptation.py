@@ -77,6 +77,7 @@ def open_source(name,    # of the labelled set
     if "pid" not in source.train: raise ValueError(f"source {name!r} has no identities to learn from; adaptation needs a labelled set, such as synthetic-source or msmt17")
     return source
 
+# %% ../nbs/16_adaptation.ipynb #0025abcd
 def source_settings(t, source):
     "Settings of the source stage: `Supervised`'s for that data set, with what the run decides for both."
     given = {k: v for k, v in vars(t.settings).items() if k in SHARED}
@@ -90,7 +91,7 @@ def source_weights(t,  # the state of the run, before it has a network
     rows = hashlib.sha1(source.train.to_csv(columns=["pid"]).encode()).hexdigest()[:10]
     needs = {"source": source.name, "rows": rows, "settings": settings}
     def make(folder):
-        s = training.start(source, Supervised, settings, seed=t.seed, out=folder, device=t.device.type if t.device.index is None else str(t.device), cache=t.cache)
+        s = training.start(source, Supervised, settings, seed=t.seed, out=folder, device=str(t.device), cache=t.cache)
         for record in training.epochs(s): pass
         line = f"trained with labels on {source.name}, {settings['epochs']} epochs (before that: {s.weights})"
         return {"backbone": {k: v.cpu() for k, v in s.model.backbone.state_dict().items()}, "weights": line, "history": s.history}

@@ -124,3 +124,18 @@ def test_ibn_is_instance_norm_then_batch_norm():
     alone = ibn.eval()(x[:1])
     assert_allclose(alone.detach(), ibn(x)[:1].detach(), atol=1e-12)
     assert_allclose(alone[:, :3].detach(), want[:1, :3].detach(), atol=1e-12)
+
+
+def test_released_names_of_cluster_contrast_and_kinds(tmp_path):
+    "`base.N`, `feat_bn` and `gap` of a released ResNet load whole; an error says what a file holds."
+    from reidbook.models import STAGES, kind_of
+    net = ReIDModel("resnet18")
+    number = {v: k for k, v in STAGES.items()}
+    def released(k):
+        head, *rest = k.split(".")
+        if head == "backbone": return ".".join(["base", number[rest[0]], *rest[1:]])
+        return ".".join([{"necks": "feat_bn", "pools": "gap"}[head], *rest[1:]])
+    torch.save({"state_dict": {f"module.{released(k)}": v for k, v in net.state_dict().items()}, "best_mAP": np.float64(0.5)}, tmp_path / "model_best.pth.tar")
+    model, said = create_model("resnet18", str(tmp_path / "model_best.pth.tar"))
+    assert said.startswith("whole network") and all(torch.equal(v, net.state_dict()[k]) for k, v in model.state_dict().items())
+    assert "instance norm" in kind_of({"layer1.0.bn1.IN.weight": 0}) and "no kind" in kind_of({"a": 0})
