@@ -74,7 +74,7 @@ def sheet_html(images,    # N x 3 x H x W uint8
                ) -> str:
     "A contact sheet as HTML that wraps to the width of the page."
     about = "".join(f' data-{k}="{v}"' for k, v in data.items())
-    cell = ('<figure data-row="{}" style="margin:0;text-align:center;font-size:11px;line-height:1.3"><img src="{}" alt="image {}: {}" style="border:3px solid {};'
+    cell = ('<figure data-row="{}" style="margin:0;width:72px;text-align:center;font-size:11px;line-height:1.3"><img src="{}" alt="image {}: {}" style="border:3px solid {};'
             'border-radius:3px;display:block;margin:auto"><figcaption>{}</figcaption></figure>')
     cells = "".join(cell.format(r, thumbnail(images[r]), r, w, f, w) for r, w, f in zip(rows, words, frames))
     return f'<div class="reidbook-sheet"{about}><div style="font-weight:600;margin:4px 0">{title}</div><div style="display:flex;flex-wrap:wrap;gap:6px">{cells}</div></div>'
@@ -175,9 +175,9 @@ def browser_widgets(b):  # a ClusterBrowser
     if b.box is not None: return b.box
     names = [(f"{c} ({n} images)", c) for c, n in b.sizes.items()]
     b.controls = {"cluster": w.Dropdown(options=names, value=b.cluster, description="cluster"),
-                  "by": w.ToggleButtons(options=list(b.values), value=b.by, description="order by", style={"button_width": "90px"}),
+                  "by": w.ToggleButtons(options=list(b.values), value=b.by, description="order by", style={"button_width": "110px"}),
                   "truth": w.Checkbox(value=b.truth, description="show the truth", disabled=b.pids is None, indent=False),
-                  "image": w.IntSlider(value=b.image, min=0, max=len(b.rows) - 1, description="neighbours of")}
+                  "image": w.IntSlider(value=b.image, min=0, max=len(b.rows) - 1, description="neighbours of", style={"description_width": "initial"})}
     sheet, near = w.HTML(), w.HTML()
     def show(_=None):
         for name, control in b.controls.items(): setattr(b, name, control.value)

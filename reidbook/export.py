@@ -15,7 +15,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from .data import test_transform
+from .data import MEAN, STD
 from .models import extract_features
 
 # %% ../nbs/18_own_data.ipynb #0036abcd
@@ -24,9 +24,11 @@ class Embedder(nn.Module):
     def __init__(self, model):  # gives (global, parts), as ReIDModel
         super().__init__()
         self.model = model
+        for name, values in (("mean", MEAN), ("std", STD)): self.register_buffer(name, 255 * torch.tensor(values)[:, None, None])
+
     def forward(self, images):
         "Normalise, embed, scale to length 1."
-        g, p = self.model(test_transform(images))
+        g, p = self.model((images.float() - self.mean) / self.std)
         return F.normalize(g, dim=1) if p is None else (F.normalize(g, dim=1), F.normalize(p, dim=2))
 
 # %% ../nbs/18_own_data.ipynb #0039abcd
@@ -67,7 +69,7 @@ def export_model(model,  # a trained network that gives (global, parts), as ReID
     "Write a network with everything around it to one file, and prove that the file gives the same features."
     path, size = Path(path), tuple(size)
     if path.suffix not in WRITERS: raise ValueError(f"{path.name}: expected a name that ends in {' or '.join(WRITERS)}")
-    network = Embedder(copy.deepcopy(model).cpu().eval()).requires_grad_(False)
+    network = Embedder(copy.deepcopy(model).cpu()).eval().requires_grad_(False)
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(0, 256, (n, 3, *size), np.uint8)
     part = path.with_name(f".{path.stem}.part{path.suffix}")

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CODE', 'RUN_FIELDS', 'SCRIPT', 'ACCENTS', 'INLINE', 'TEMPLATE', 'MACHINE', 'book_root', 'read_config', 'present',
-           'reading_order', 'options', 'first_sentence', 'has_picture', 'BookPage', 'front_matter', 'finished_runs',
-           'process_notebooks', 'prepare', 'render_quarto', 'mathml', 'untex', 'read_bib', 'short_citation',
-           'full_citation', 'cite_html', 'figure_html', 'markdown_html', 'output_html', 'code_html', 'cell_html',
-           'heading_id', 'page_address', 'finish_html', 'sidebar_html', 'way_html', 'facts_html', 'listing_html',
-           'read_page', 'picture_saver', 'render_page', 'render_plain', 'replace_folder', 'build_site', 'readme_text',
-           'readme_prose', 'readme_output', 'make_readme', 'parse_errors', 'check_link', 'check_page', 'check_site',
-           'check_cells', 'check_notebook', 'check_sources']
+           'reading_order', 'options', 'first_sentence', 'has_picture', 'link_chapters', 'BookPage', 'front_matter',
+           'finished_runs', 'process_notebooks', 'prepare', 'render_quarto', 'mathml', 'untex', 'read_bib',
+           'short_citation', 'full_citation', 'cite_html', 'figure_html', 'markdown_html', 'output_html', 'code_html',
+           'cell_html', 'heading_id', 'page_address', 'finish_html', 'sidebar_html', 'way_html', 'facts_html',
+           'listing_html', 'read_page', 'picture_saver', 'render_page', 'render_plain', 'replace_folder', 'build_site',
+           'readme_text', 'readme_prose', 'readme_output', 'make_readme', 'parse_errors', 'check_link', 'check_page',
+           'check_site', 'check_cells', 'check_notebook', 'check_sources']
 
 # %% ../nbs/24_site.ipynb #0002abcd
 import html, importlib.util, json, os, re, shutil, subprocess, sys, unicodedata
@@ -77,6 +77,11 @@ def has_picture(cell) -> bool:
     return any(k.startswith("image/") for o in cell.get("outputs", []) for k in o.get("data", {}))
 
 # %% ../nbs/24_site.ipynb #0018abcd
+def link_chapters(text: str, path) -> str:
+    "Chapters named in code quotes become links, if they lie beside the notebook at `path`."
+    def link(m): return f"[{m[0]}]({m[1]}.ipynb)" if path and (Path(path).parent / f"{m[1]}.ipynb").is_file() else m[0]
+    return re.sub(r"(?<![\[`])`(\d\d\w?_[\w.]+)`(?![\]`])", link, text)
+
 class BookPage:
     "nbdev's last processor of a notebook: exported code under its documentation, diagrams, texts for pictures."
     def __init__(self, nb): self.nb = nb
@@ -85,7 +90,8 @@ class BookPage:
         self.nb.cells = [c for c in self.nb.cells if "default_exp" not in (getattr(c, "directives_", None) or {})]
         cells, out = self.nb.cells, []
         for n, cell in enumerate(cells):
-            if cell.cell_type == "markdown": cell.source = re.sub(r"^```mermaid\b", "```{mermaid}", cell.source, flags=re.M)
+            if cell.cell_type == "markdown":
+                cell.source = link_chapters(re.sub(r"^```mermaid\b", "```{mermaid}", cell.source, flags=re.M), getattr(self.nb, "path_", None))
             if cell.cell_type == "code": self.describe(cell, cells[n + 1:n + 2])
             at = len(out)
             documentation = cell.pop("has_sd", 0)
