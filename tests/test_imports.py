@@ -30,8 +30,8 @@ def python(code):
 
 
 def test_import_needs_no_development_package():
-    modules = "data synthetic models neighbors clustering noise memory evaluation training methods.baseline runs cli site bench".split()
-    blocked = {"nbdev", "fastcore", "execnb", "papermill", "faiss", "infomap"}
+    modules = "data synthetic models neighbors clustering noise memory evaluation training methods.baseline runs cli site bench parallel batch speed".split()
+    blocked = {"nbdev", "fastcore", "execnb", "papermill", "faiss", "infomap", "dask", "distributed"}
     python(BLOCKED.format(blocked=blocked) + "import " + ", ".join(f"reidbook.{m}" for m in modules))
 
 
