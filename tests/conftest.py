@@ -19,3 +19,10 @@ def golden():
 def root(tmp_path_factory):
     "One data root for the session: the synthetic sets are rendered into it once."
     return tmp_path_factory.mktemp("data")
+
+
+def pytest_terminal_summary(terminalreporter):
+    "The time each chapter took to execute, slowest first."
+    times = sorted(((r.duration, r.nodeid.split("[")[1][:-1]) for r in terminalreporter.getreports("passed") if r.when == "call" and "test_chapter_runs[" in r.nodeid), reverse=True)
+    if times: terminalreporter.write_sep("=", "time of each chapter")
+    for seconds, name in times: terminalreporter.write_line(f"{seconds:6.1f} s  {name}")
