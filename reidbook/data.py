@@ -14,11 +14,11 @@ __all__ = ['SPLITS', 'IMAGE_TYPES', 'CACHED_FROM', 'BOXES', 'PID_CAM', 'LAYOUTS'
            'official_counts', 'check_counts', 'answerable', 'check_labels', 'inspect_file', 'kind_of_copy',
            'check_files', 'check']
 
-# %% ../nbs/01_data.ipynb #0002abcd
+# %% ../nbs/01_data.ipynb #0003abcd
 import errno, hashlib, importlib, io, json, os, re, tempfile, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-# %% ../nbs/01_data.ipynb #0005abcd
+# %% ../nbs/01_data.ipynb #0007abcd
 def data_root(root=None,  # a folder; None: $REIDBOOK_DATA, else the checkout's data/, else ./data
               ) -> Path:
     "The folder that holds the data sets."
@@ -40,7 +40,7 @@ def data_root(root=None,  # a folder; None: $REIDBOOK_DATA, else the checkout's 
         if (folder/"settings.ini").is_file() and (folder/"data").is_dir(): return folder/"data"
     return here/"data"
 
-# %% ../nbs/01_data.ipynb #0007abcd
+# %% ../nbs/01_data.ipynb #0009abcd
 SPLITS = ("train", "query", "gallery")
 
 @dataclass(repr=False, eq=False)
@@ -80,7 +80,7 @@ def column(table,  # a table of a Dataset
     "A column as int64, or None when it is not known."
     return table[name].to_numpy(np.int64) if name in table else None
 
-# %% ../nbs/01_data.ipynb #0012abcd
+# %% ../nbs/01_data.ipynb #0014abcd
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 def _is_dir(entry):
@@ -110,7 +110,7 @@ def scan(folder) -> tuple:  # relative names of images, sorted; {sub-folder: mti
     if odd: warnings.warn(f"{folder}: {len(odd)} names are not UTF-8 and skipped, first {odd[0]!r}; rename them", stacklevel=2)
     return sorted(names), folders
 
-# %% ../nbs/01_data.ipynb #0018abcd
+# %% ../nbs/01_data.ipynb #0020abcd
 def cache_root() -> Path:
     "Where indexes are kept: $REIDBOOK_CACHE, else reidbook/ in the user's cache folder."
     base = os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache"
@@ -154,7 +154,7 @@ def list_images(folder) -> list:  # relative names, sorted
     except OSError: pass  # no place to write: scan again next time
     return names
 
-# %% ../nbs/01_data.ipynb #0021abcd
+# %% ../nbs/01_data.ipynb #0023abcd
 def parse_names(names,       # file names; only the part after the last / is looked at
                 pattern,     # regular expression with two groups, pid and camera, matched from the first character
                 ) -> tuple:  # pid and cam as written, rows of the names that matched (int64 arrays)
@@ -166,7 +166,7 @@ def parse_names(names,       # file names; only the part after the last / is loo
     pids, cams = np.array(numbers, np.int64).reshape(-1, 2).T
     return pids, cams, np.array(rows, np.int64)
 
-# %% ../nbs/01_data.ipynb #0026abcd
+# %% ../nbs/01_data.ipynb #0028abcd
 class Layout(NamedTuple):
     "How a data set lies on disk."
     roots: tuple      # folders below the data root, tried in this order; last the data root itself
@@ -201,7 +201,7 @@ LAYOUTS = {
                                dict(train=(7368, 767), query=(1400, 700), gallery=(5328, 700))),
 }
 
-# %% ../nbs/01_data.ipynb #0029abcd
+# %% ../nbs/01_data.ipynb #0031abcd
 def looks_like(folder) -> str:  # "" when it looks like nothing known
     "Which layout a folder has, judged by the names in it."
     try: inside = {entry.name for entry in os.scandir(folder)}
@@ -247,7 +247,7 @@ def find_folder(name, base, roots, needed, extra=()) -> Path:
     else: lines += [f"found: {base} holds {_holds(base)}", *_what_to_do(base, roots, needed)]
     raise FileNotFoundError("\n  ".join([*lines, *extra]))
 
-# %% ../nbs/01_data.ipynb #0031abcd
+# %% ../nbs/01_data.ipynb #0033abcd
 def make_table(folder, names, pids=None, cams=None) -> pd.DataFrame:
     "A table of a data set; a column that is None is left out."
     start = os.path.join(os.path.abspath(folder), "") if folder else ""
@@ -290,7 +290,7 @@ def read_layout(name, base, root=None, variant="") -> Dataset:
     notes = [*(note for _, more in read for note in more), *[layout.note] * bool(layout.note)]
     return assemble(name, root, [table for table, _ in read], variant, notes)
 
-# %% ../nbs/01_data.ipynb #0038abcd
+# %% ../nbs/01_data.ipynb #0040abcd
 MSMT17_NAME = r"(\d{1,9})_\d+_(\d{1,4})(?=[_.])"  # pid, picture number, camera
 MSMT17_LISTS = ("list_train.txt", "list_val.txt", "list_query.txt", "list_gallery.txt")
 MSMT17_EDITIONS = {"V1": ("train/", "test/", *MSMT17_LISTS), "V1, re-packed": tuple(f"{f}/" for f in BOXES),
@@ -311,7 +311,7 @@ def read_list(list_file, present) -> list:  # relative names
                          "unpack the archive again, and take lists and images from the same edition")
     return names
 
-# %% ../nbs/01_data.ipynb #0040abcd
+# %% ../nbs/01_data.ipynb #0042abcd
 def read_msmt17(base) -> Dataset:
     "MSMT17, V1 preferred; the lists train and val are joined (as all systems do); cameras 1-15 become 0-14."
     layout, base = LAYOUTS["msmt17"], Path(base)
@@ -332,7 +332,7 @@ def read_msmt17(base) -> Dataset:
         tables, notes = [*tables, table], notes + more
     return assemble("msmt17", root, tables, edition, notes)
 
-# %% ../nbs/01_data.ipynb #0046abcd
+# %% ../nbs/01_data.ipynb #0048abcd
 def _no_images(): return make_table("", [])
 
 def read_luperson(base) -> Dataset:
@@ -356,7 +356,7 @@ def read_folder(base) -> Dataset:
     if not names: raise ValueError(f"no image in {base}, which holds {_holds(base)}; expected files ending in {', '.join(IMAGE_TYPES)}")
     return Dataset("folder", base, make_table(base, names), _no_images(), _no_images())
 
-# %% ../nbs/01_data.ipynb #0049abcd
+# %% ../nbs/01_data.ipynb #0051abcd
 def _codes(values, split, what, file):
     "A column as int64: whole numbers as they are, names as 0..n-1 in sorted order, -1 where a whole split is blank; None: all blank."
     text = values.astype("str").str.strip()
@@ -401,7 +401,7 @@ def read_csv(base) -> Dataset:
     blank = [[c for c in t if c != "path" and len(t) and (t[c] < 0).all()] for t in tables]
     return assemble("csv", file.parent, [t.drop(columns=c) for t, c in zip(tables, blank)], file.name)
 
-# %% ../nbs/01_data.ipynb #0053abcd
+# %% ../nbs/01_data.ipynb #0055abcd
 def read_synthetic(base, name="synthetic-small") -> Dataset:
     "A rendered set in Market-1501 layout, made below `base` on first use."
     module, function = "reidbook.synthetic:make".split(":")
@@ -421,7 +421,7 @@ def open_dataset(name,       # one of READERS, or synthetic-PRESET
     if name not in READERS: raise ValueError(f"unknown data set {name!r}; known: {', '.join(READERS)} and synthetic-PRESET")
     return READERS[name](base)
 
-# %% ../nbs/01_data.ipynb #0056abcd
+# %% ../nbs/01_data.ipynb #0058abcd
 def show_images(images,       # N x 3 x H x W uint8, or paths
                 titles=None,  # one per image
                 *, ncols=8, frames=None,  # a colour per image
@@ -455,13 +455,13 @@ def open_image(source) -> Image.Image:  # RGB
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}: a decompression bomb?")
         return image.convert("RGB")
 
-# %% ../nbs/01_data.ipynb #0059abcd
+# %% ../nbs/01_data.ipynb #0061abcd
 def camera_matrix(table) -> pd.DataFrame:  # ids x cameras, number of images
     "How many images each identity has in each camera."
     if not {"pid", "cam"} <= set(table): raise ValueError(f"the table has the columns {list(table)}; ids and cameras are both needed")
     return pd.crosstab(table["pid"], table["cam"])
 
-# %% ../nbs/01_data.ipynb #0063abcd
+# %% ../nbs/01_data.ipynb #0065abcd
 class Pair(NamedTuple):
     "A labelled source and a target whose training ids are hidden."
     source: Dataset
@@ -474,7 +474,7 @@ def open_pair(source, target, root=None) -> Pair:
     if "pid" not in source.train: raise ValueError(f"the source {source.name!r} has no ids; a labelled source is needed")
     return Pair(source, replace(target, train=target.train.drop(columns="pid", errors="ignore")))
 
-# %% ../nbs/01_data.ipynb #0066abcd
+# %% ../nbs/01_data.ipynb #0068abcd
 def cpu_count() -> int:
     "Cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -504,7 +504,7 @@ def decode_into(images,  # N x 3 x H x W uint8, filled in place
     if not failed: return images
     raise ValueError("\n  ".join([f"{len(failed)} of {len(paths)} images cannot be read; `reidbook data check` lists them:", *failed[:5]]))
 
-# %% ../nbs/01_data.ipynb #0068abcd
+# %% ../nbs/01_data.ipynb #0070abcd
 def _stat(path):
     try: info = os.stat(path)
     except OSError: return "missing"
@@ -547,7 +547,7 @@ def dataset_digest(dataset) -> str:
     lines = [f"{s}\t{os.path.relpath(p, dataset.root)}\t{os.path.getsize(p)}" for s in SPLITS for p in sorted(getattr(dataset, s)["path"])]
     return _key(*lines)[:16]
 
-# %% ../nbs/01_data.ipynb #0075abcd
+# %% ../nbs/01_data.ipynb #0077abcd
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def _as_batch(images):
@@ -555,6 +555,7 @@ def _as_batch(images):
     if images.ndim == 4 and images.shape[1] == 3 and images.dtype == torch.uint8: return images
     raise ValueError(f"images are {tuple(images.shape)} {images.dtype}; expected a batch B x 3 x H x W of uint8, as load_images returns")
 
+@lru_cache
 def _channel(values, device): return torch.tensor(values, device=device)[:, None, None]
 
 def _normalise(images):  # in place, 0..1
@@ -590,13 +591,13 @@ def draw_augmentation(n, size, generator, *, flip=0.5, pad=10, erase=0.5, jitter
     top, left = (u[:, 1:3] * (2 * pad + 1)).long().T
     return Draw(u[:, 0] < flip, top, left, box, 1 + jitter * (2 * u[:, 6:] - 1), pad)
 
-# %% ../nbs/01_data.ipynb #0079abcd
+# %% ../nbs/01_data.ipynb #0081abcd
 def jitter_colours(images,  # B x 3 x H x W in 0..1
                    factor,  # B x 3: brightness, contrast, saturation
                    ) -> torch.Tensor:
     "Brightness, then contrast, then saturation, each image by its own factors."
     grey = _channel((0.2989, 0.587, 0.114), images.device)
-    brightness, contrast, saturation = factor.to(images.device).T[:, :, None, None, None]
+    brightness, contrast, saturation = factor.to(images.device, non_blocking=True).T[:, :, None, None, None]
     images = (images * brightness).clamp(0, 1)
     mean = (images * grey).sum(1, keepdim=True).mean((2, 3), keepdim=True)
     images = (mean + (images - mean) * contrast).clamp(0, 1)
@@ -610,7 +611,7 @@ def augment(images,        # B x 3 x H x W uint8, any device
     "Apply a Draw: mirror, zero-pad and crop, colours, normalise, erase (with the mean colour, which is zero by then)."
     images = _as_batch(images)
     device, (batch, _, height, width) = images.device, images.shape
-    flip, top, left, box, factor = (d.to(device) for d in draw[:5])
+    flip, top, left, box, factor = (d.to(device, non_blocking=True) for d in draw[:5])
     left = torch.where(flip, 2 * draw.pad - left, left)
     padded = torch.nn.functional.pad(images, (draw.pad,) * 4)
     images = padded.unfold(2, height, 1).unfold(3, width, 1)[torch.arange(batch, device=device), :, top, left]
@@ -631,7 +632,7 @@ def train_transform(images,     # B x 3 x H x W uint8, any device
     draw = draw_augmentation(len(images), tuple(images.shape[2:]), generator, flip=flip, pad=pad, erase=erase, jitter=jitter)
     return augment(images, draw, compat)
 
-# %% ../nbs/01_data.ipynb #0086abcd
+# %% ../nbs/01_data.ipynb #0088abcd
 def deal_group(rows,       # rows of one cluster
                dealt,      # N, how often each image was dealt; counted up here
                cams,       # N cameras, or None
@@ -659,7 +660,7 @@ def clusters_of(labels, batch_size, instances) -> list:  # index arrays, one per
                          "loosen eps or lower min_samples to get more clusters, lower batch_size, or raise instances")
     return rows
 
-# %% ../nbs/01_data.ipynb #0090abcd
+# %% ../nbs/01_data.ipynb #0092abcd
 def pk_batches(labels,     # N labels; rows with -1 are never drawn
                cams=None,  # N cameras, or None when unknown
                *, batch_size=64, instances=4,
@@ -685,7 +686,7 @@ def _pk_batches(rows, cams, n, clusters, instances, rng, prefer):
         queue = wait + queue
         yield np.concatenate([deal_group(rows[c], dealt, cams, instances, rng, prefer) for c in chosen])
 
-# %% ../nbs/01_data.ipynb #0093abcd
+# %% ../nbs/01_data.ipynb #0096abcd
 def released_generators(seed) -> tuple:
     "The three generators the released sampler draws from, seeded as the released scripts seed the global ones."
     return torch.Generator().manual_seed(seed), Random(seed), np.random.RandomState(seed)
@@ -716,7 +717,7 @@ def _released_batches(labels, cams, batch_size, instances, rng, prefer):
                              "the released code stops here with StopIteration")
         yield from order[:len(order) // batch_size * batch_size].reshape(-1, batch_size)
 
-# %% ../nbs/01_data.ipynb #0101abcd
+# %% ../nbs/01_data.ipynb #0104abcd
 def group_batches(labels,  # N labels; rows with -1 are never drawn
                   *, batch_size=64, group=64,  # largest number of images of a cluster that stay together
                   rng):  # endless iterator of int64 arrays
@@ -742,7 +743,7 @@ def shard(batches,  # iterator of index arrays, the same in every process
         if len(batch) % world_size: raise ValueError(f"a batch of {len(batch)} cannot be split evenly over {world_size} processes")
         yield np.split(batch, world_size)[rank]
 
-# %% ../nbs/01_data.ipynb #0104abcd
+# %% ../nbs/01_data.ipynb #0107abcd
 @dataclass
 class Report:
     "What `check` found."
@@ -772,7 +773,7 @@ class Report:
         lines += [f"| {split} | {' | '.join(map(str, row))} |" for split, row in zip(body.index, body.to_numpy())]
         return "\n".join([*lines, "", *(f"- **error**: {e}" for e in self.errors), *(f"- warning: {w}" for w in self.warnings)])
 
-# %% ../nbs/01_data.ipynb #0105abcd
+# %% ../nbs/01_data.ipynb #0108abcd
 def official_counts(dataset) -> dict:  # split -> (images, ids); ids None: not checked
     "What a data set should hold: from its layout, or from the card of a rendered set."
     if dataset.name in LAYOUTS: return LAYOUTS[dataset.name].official
@@ -796,7 +797,7 @@ def check_counts(report, dataset):
     twin = [name for name, layout in LAYOUTS.items() if name != dataset.name and images == tuple(n for n, _ in layout.official.values())]
     if twin: report.errors.append(f"the counts are those of {twin[0]}: was it opened under the wrong name?")
 
-# %% ../nbs/01_data.ipynb #0107abcd
+# %% ../nbs/01_data.ipynb #0110abcd
 def answerable(query, gallery) -> np.ndarray:  # bool, one per query
     "Whether some gallery image has the query's id and another camera."
     pairs = gallery[["pid", "cam"]].drop_duplicates()
@@ -824,7 +825,7 @@ def check_labels(report, dataset):
         text = f"query: {n:,} of {len(query):,} have no gallery image of the same id in another camera"
         (report.errors if n == len(query) else report.warnings).append(text)
 
-# %% ../nbs/01_data.ipynb #0109abcd
+# %% ../nbs/01_data.ipynb #0112abcd
 def inspect_file(path) -> tuple:  # digest, problem ("": none), (width, height) or None
     "Read one file, hash it, decode it."
     try: data = Path(path).read_bytes()
@@ -853,7 +854,7 @@ def kind_of_copy(group) -> str:
     alike = queries == gallery and len(queries) == 1
     return "query and gallery, left out by the evaluation" if alike else "query and gallery, same id, another camera"
 
-# %% ../nbs/01_data.ipynb #0110abcd
+# %% ../nbs/01_data.ipynb #0113abcd
 def check_files(report, dataset, workers=None, progress=True):
     "Every file once: unreadable, listed twice, byte-identical."
     tables = [getattr(dataset, split).assign(split=split) for split in SPLITS]

@@ -142,7 +142,7 @@ def same_buffers(model):
 # %% ../nbs/08b_parallel.ipynb #0043abcd
 def leash():
     "End this process when the one that started it is gone; for children whose stdin is a pipe."
-    threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 
 def leashed(words, **options):
     "`subprocess.Popen` of a child that calls `leash`."

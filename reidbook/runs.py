@@ -215,11 +215,14 @@ def free_baselines(t) -> dict:
     from reidbook.synthetic import histogram_features, pixel_features
     d, size = t.dataset, (t.settings.height, t.settings.width)
     if not training.has_test(d): return {}
+    if t.out and (t.out / "free.json").exists(): return json.loads((t.out / "free.json").read_text())
     ids = [column(table, name) for name in ("pid", "cam") for table in (d.query, d.gallery)]
     q, g = (load_images(table.path, size, cache=t.cache) for table in (d.query, d.gallery))
     colours = [histogram_features(x, c) for x, c in ((q, ids[2]), (g, ids[3]))]
-    return {"start": float(training.test(t)[0].mAP), "pixels": float(evaluate(pixel_features(q), pixel_features(g), *ids).mAP),
+    free = {"start": float(training.test(t)[0].mAP), "pixels": float(evaluate(pixel_features(q), pixel_features(g), *ids).mAP),
             "histogram": float(evaluate(*colours, *ids).mAP)}
+    if t.out: write_json(t.out / "free.json", free)
+    return free
 
 # %% ../nbs/20_runs.ipynb #0043abcd
 def choices(history) -> pd.DataFrame:
@@ -276,7 +279,7 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
         training.hold(out, patience=20)  # a kernel whose parent was killed takes a second to notice
         training.release(out)
         if again:
-            for f in (*training.CHECKPOINTS, "metrics.jsonl", "manifest.json", "run.ipynb"): (out / f).unlink(missing_ok=True)
+            for f in (*training.CHECKPOINTS, "metrics.jsonl", "free.json", "manifest.json", "run.ipynb"): (out / f).unlink(missing_ok=True)
         return _execute(template, out, values)
     finally: training.release(out, "notebook")
 

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['METHOD', 'Baseline']
 
-# %% ../../nbs/10_methods.baseline.ipynb #0002abcd
+# %% ../../nbs/10_methods.baseline.ipynb #0003abcd
 from ..clustering import dbscan, min_similarity
 from ..memory import ClusterMemory, prototypes
 from ..neighbors import jaccard_similarity
 from ..training import Method
 
-# %% ../../nbs/10_methods.baseline.ipynb #0015abcd
+# %% ../../nbs/10_methods.baseline.ipynb #0016abcd
 class Baseline(Method):
     "Cluster Contrast: kNN, Jaccard similarity, DBSCAN, prototypes, InfoNCE against the memory (Dai et al. 2022, section 3)."
     settings = dict(temperature=0.05, momentum=0.1, update="mean")
@@ -35,6 +35,6 @@ class Baseline(Method):
 
     def after_step(self, t, batch):
         "The batch writes itself into the prototypes."
-        self.memory.update(batch.feats, batch.labels)
+        self.memory.update(batch.feats, batch.targets)
 
 METHOD = Baseline
