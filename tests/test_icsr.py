@@ -1,13 +1,14 @@
 "ICSR against the reference vectors, against slow recomputations, and where it must do nothing."
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import silhouette_score
 
-from reidbook import training
+from reidbook import runs, training
 from reidbook.clustering import agglomerative
 from reidbook.data import open_dataset
 from reidbook.memory import ClusterMemory
@@ -302,3 +303,19 @@ def test_without_nodes_it_is_the_baseline(tiny, tmp_path):
 def test_wrong_settings(tiny):
     with pytest.raises(ValueError, match="clustering='kmeans'"): run(tiny, clustering="kmeans")
     with pytest.raises(ValueError, match="camera_epochs"): run(tiny, camera_epochs=0)
+
+
+def test_papermill_runs_share_stage_one(root, tmp_path, monkeypatch):
+    "Both stages from one command; a second run, whose stage 2 differs, finds stage 1."
+    project = Path(__file__).parent.parent
+    monkeypatch.setenv("PYTHONPATH", str(project))
+    monkeypatch.setattr(runs, "runs_dir", lambda: tmp_path)
+    settings = dict(epochs=1, iterations=3, camera_epochs=1, camera_iterations=2)
+    first = runs.execute("synthetic-tiny", "icsr", root=root, settings=settings)
+    made = {p: p.stat().st_mtime_ns for p in tmp_path.glob("stages/camera*/result.pt")}
+    second = runs.execute("synthetic-tiny", "icsr", root=root, settings=settings | {"nodes": "last"})
+    assert len(made) == 4 and {p: p.stat().st_mtime_ns for p in tmp_path.glob("stages/camera*/result.pt")} == made
+    for out in (first, second):
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert manifest["status"] == "done" and manifest["metrics"]["mAP"] > 0
+        assert "removed" in json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
