@@ -6,13 +6,13 @@
 __all__ = ['UPDATES', 'prototypes', 'info_nce', 'mean_update', 'hard_update', 'ClusterMemory', 'HybridMemory',
            'soft_triplet_loss']
 
-# %% ../nbs/07_memory.ipynb #0002abcd
+# %% ../nbs/07_memory.ipynb #0003abcd
 import numpy as np
 import torch
 from torch import nn
 import torch.nn.functional as F
 
-# %% ../nbs/07_memory.ipynb #0010abcd
+# %% ../nbs/07_memory.ipynb #0011abcd
 def prototypes(feats,   # N x D features, L2-normalised
                labels,  # N labels, int64; -1 is left out
                ) -> np.ndarray:  # C x D float32, unit rows; row c is cluster c
@@ -27,7 +27,7 @@ def prototypes(feats,   # N x D features, L2-normalised
     sums = torch.zeros(len(count), feats.shape[1]).index_add_(0, labels[kept], feats[kept])
     return F.normalize(sums, dim=1).numpy()
 
-# %% ../nbs/07_memory.ipynb #0019abcd
+# %% ../nbs/07_memory.ipynb #0020abcd
 def info_nce(feats,              # B x D, L2-normalised
              memory,             # C x D, unit rows
              targets,            # B labels in 0..C-1
@@ -36,7 +36,7 @@ def info_nce(feats,              # B x D, L2-normalised
     "Contrastive loss of features against all prototypes (InfoNCE), batch mean."
     return F.cross_entropy(feats @ memory.T / temperature, targets)
 
-# %% ../nbs/07_memory.ipynb #0029abcd
+# %% ../nbs/07_memory.ipynb #0030abcd
 def _rounds(targets):
     "Row indices grouped so that each group holds at most one item per class, in batch order."
     order = np.argsort(targets, kind="stable")
@@ -44,7 +44,7 @@ def _rounds(targets):
     nth = np.arange(len(order)) - np.repeat(first, np.diff(np.r_[first, len(order)]))
     return [order[nth == r] for r in range(nth.max() + 1)] if len(order) else []
 
-# %% ../nbs/07_memory.ipynb #0031abcd
+# %% ../nbs/07_memory.ipynb #0032abcd
 def mean_update(memory,    # C x D, unit rows
                 feats,     # B x D, L2-normalised
                 targets,   # B labels, numpy
@@ -53,11 +53,11 @@ def mean_update(memory,    # C x D, unit rows
     "Every item writes itself into its row, in batch order (Cluster Contrast, eq. 5)."
     memory = memory.clone()
     for rows in _rounds(targets):
-        y = targets[rows]
-        memory[y] = F.normalize(momentum * memory[y] + (1 - momentum) * feats[rows], dim=1)
+        y, x = (torch.as_tensor(i).to(memory.device, non_blocking=True) for i in (targets[rows], rows))  # a GPU is not waited for
+        memory[y] = F.normalize(momentum * memory[y] + (1 - momentum) * feats[x], dim=1)
     return memory
 
-# %% ../nbs/07_memory.ipynb #0034abcd
+# %% ../nbs/07_memory.ipynb #0035abcd
 def hard_update(memory, feats, targets, momentum):
     "Per class of the batch, only the item least similar to its row writes (Cluster Contrast's `hard`, MPRD)."
     sim = (feats * memory[targets]).sum(1).cpu().numpy()
@@ -65,7 +65,7 @@ def hard_update(memory, feats, targets, momentum):
     rows = order[np.r_[True, np.diff(targets[order]) != 0]]
     return mean_update(memory, feats[rows], targets[rows], momentum)
 
-# %% ../nbs/07_memory.ipynb #0040abcd
+# %% ../nbs/07_memory.ipynb #0041abcd
 UPDATES = {"mean": mean_update, "hard": hard_update}
 
 class ClusterMemory(nn.Module):
@@ -96,7 +96,7 @@ class ClusterMemory(nn.Module):
         features = F.normalize(features.detach().to(self.prototypes), dim=1)
         self.prototypes = UPDATES[self.rule](self.prototypes, features, targets, self.momentum)
 
-# %% ../nbs/07_memory.ipynb #0046abcd
+# %% ../nbs/07_memory.ipynb #0047abcd
 class HybridMemory(nn.Module):
     "SpCL's instance memory: class scores are mean similarities to the rows of a class (SpCL, section 3.1)."
     def __init__(self,
@@ -127,7 +127,7 @@ class HybridMemory(nn.Module):
         index = index.cpu().numpy() if torch.is_tensor(index) else np.asarray(index)
         self.features = mean_update(self.features, features.detach(), index, self.momentum)
 
-# %% ../nbs/07_memory.ipynb #0051abcd
+# %% ../nbs/07_memory.ipynb #0052abcd
 def soft_triplet_loss(features,  # B x D, not necessarily normalised
                       targets,   # B labels
                       ):         # scalar tensor
