@@ -75,9 +75,9 @@ DATASETS = {
 STARTS = {"pixels": lambda t: pixel_features(t.images), "histogram": lambda t: histogram_features(t.images, t.cams)}
 
 # %% ../nbs/09_training.ipynb #0013abcd
-def by_dataset(table, dataset):
-    "The entry for a data set: its own, or its family's (the name up to the first dash), or nothing."
-    return table.get(dataset, table.get(dataset.split("-")[0], {}))
+def by_dataset(table, dataset, source=""):
+    "The entry for a data set: its own, or its family's (the name up to the first dash), or nothing; on top of it that of the direction, `source to dataset`."
+    return table.get(dataset, table.get(dataset.split("-")[0], {})) | table.get(f"{source} to {dataset}", {})
 
 # %% ../nbs/09_training.ipynb #0014abcd
 def resolve(method,      # a Method class
@@ -85,9 +85,10 @@ def resolve(method,      # a Method class
             **given,     # what the reader asked for; None means "the default"
             ) -> dict:
     "All settings of a run: the loop's, changed by the data set's, the plug's, the method's and finally the given ones. Unknown names and wrong types are refused."
-    own = method.settings | by_dataset(method.datasets, dataset)
+    source = given.get("source") or ""
+    own = method.settings | by_dataset(method.datasets, dataset, source)
     plug = find_plug(given.get("correct") or own.get("correct", ""))
-    settings = SETTINGS | by_dataset(DATASETS, dataset) | plug.settings | by_dataset(plug.datasets, dataset) | own
+    settings = SETTINGS | by_dataset(DATASETS, dataset) | plug.settings | by_dataset(plug.datasets, dataset, source) | own
     for name, value in given.items():
         if value is None: continue
         if name not in settings: raise ValueError(f"unknown setting {name!r} for method {method.__name__}: expected one of {', '.join(sorted(settings))}")
@@ -398,7 +399,7 @@ LOCKS = {}  # (folder, name) -> open file, for the folders that this process wri
 
 def hold(folder,
          name="state",
-         patience=0,   # seconds to wait for another process; None: for ever
+         patience=1,   # seconds to wait for another process, or for a look by `in_use`; None: for ever
          ):
     "Take the lock of a folder for this process, until `release` or its end; ValueError when another process has it."
     folder = Path(folder).resolve()

@@ -96,3 +96,22 @@ def test_a_start_holds_its_labels_for_three_epochs(tiny, monkeypatch):
     except ValueError: pass  # the fourth epoch clusters an untrained network's features, which may give nothing
     assert label_quality(labels[0], tiny.train.pid.to_numpy()).pairwise_precision == 1
     assert len(labels) >= 3 and np.array_equal(labels[0], labels[1]) and np.array_equal(labels[0], labels[2])
+
+
+def test_a_step_does_not_wait_for_the_device(tiny):
+    "Nothing in a step reads a number back, but for one of the augmentation's draws, which are made on the CPU."
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Count(TorchDispatchMode):
+        reads = 0
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.reads += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+    def reads(iterations):
+        t = training.start(tiny, Baseline, training.resolve(Baseline, tiny.name, batch_size=16))
+        training.seed_epoch(t)
+        t.plan, t.labels = training.Plan(iterations, 1e-3), t.pids
+        t.method.start_epoch(t, training.features(t, t.images))
+        t.optimizer.step = lambda: None  # a CPU's Adam counts its steps in numbers, the fused one does not
+        with Count() as count: training.train_epoch(t)
+        return count.reads
+    assert reads(5) - reads(2) <= 3
