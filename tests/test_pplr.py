@@ -332,7 +332,7 @@ def test_published_settings():
     s = training.resolve(PPLR, "market1501")
     want = dict(batch_size=64, iterations=400, epochs=50, parts=3, k=20, beta=0.5, aals_epoch=5, k1=30, k2=6, min_samples=4, lr=3.5e-4, weight_decay=5e-4,
                 lr_step=20, bn_group_size=16, backbone="resnet50", pooling="avg", smoothing=0.1, camera_temperature=0.07, hard_negatives=50, eval_every=5,
-                flip=0.5, pad=10, erase=0.5, jitter=0.0, scale=1.0, rows=0, compat=False)
+                flip=0.5, pad=10, erase=0.5, jitter=0.0, rows=0, compat=False)
     assert {k: s[k] for k in want} == want
 
 

@@ -25,7 +25,7 @@ def cross_agreement(global_features,  # N x D, unit rows
                     *, device="auto",
                     compat=False,     # drop the first of each list whatever it is, as the released code does
                     ) -> np.ndarray:  # N x P float32 in [0, 1]
-    "How far the neighbours of a part are the neighbours of the whole: intersection over union of the two lists (PPLR, section 3.2)."
+    "How far the neighbours of a part are the neighbours of the whole: intersection over union of the two lists (Cho et al. 2022)."
     if part_features.ndim != 3 or len(part_features) != len(global_features):
         raise ValueError(f"global features {tuple(global_features.shape)}, part features {tuple(part_features.shape)}: "
                          "expected N x D and N x P x D of the same images")
@@ -46,7 +46,7 @@ def refined_labels(part_logits,  # B x P x C
                    scores,       # B x P agreement
                    beta=0.5,     # weight of the pseudo label; 1 keeps it as it is
                    ):            # B x C probabilities, without gradient
-    "The pseudo label mixed with the parts' predictions, each weighted by the softmax of its agreement (PPLR, section 3.3)."
+    "The pseudo label mixed with the parts' predictions, each weighted by the softmax of its agreement (Cho et al. 2022)."
     with torch.no_grad():
         part_logits, targets, scores = as_tensors(part_logits, targets, scores)
         vote = (scores.softmax(1)[:, :, None] * part_logits.softmax(2)).sum(1)
@@ -59,7 +59,7 @@ def pglr_loss(logits,       # B x C of the global head
               scores,       # B x P agreement
               beta=0.5,     # weight of the pseudo label
               ):            # scalar
-    "Cross entropy of the global head against the refined labels, batch mean (PPLR, section 3.3)."
+    "Cross entropy of the global head against the refined labels, batch mean (Cho et al. 2022)."
     logits, part_logits, targets, scores = as_tensors(logits, part_logits, targets, scores)
     return F.cross_entropy(logits, refined_labels(part_logits, targets, scores, beta))
 
@@ -68,7 +68,7 @@ def aals_loss(part_logits,  # B x P x C
               targets,      # B labels
               scores,       # B x P agreement
               ):            # scalar
-    "With agreement s a part pays s times the cross entropy and 1 - s times the divergence from uniform; mean over batch and parts (PPLR, section 3.3)."
+    "With agreement s a part pays s times the cross entropy and 1 - s times the divergence from uniform; mean over batch and parts (Cho et al. 2022)."
     part_logits, targets, scores = as_tensors(part_logits, targets, scores)
     log_q = part_logits.log_softmax(2)
     cross_entropy = -log_q.gather(2, targets[:, None, None].expand(-1, log_q.shape[1], 1))[:, :, 0]
@@ -89,7 +89,7 @@ def camera_proxies(features,  # N x D, unit rows
                    labels,    # N labels, -1 left out
                    cams,      # N cameras
                    ):         # M x D unit rows, their M clusters, their M cameras; by cluster, then camera
-    "The mean of every cluster in every camera it occurs in, L2-normalised (PPLR, section 3.4)."
+    "The mean of every cluster in every camera it occurs in, L2-normalised (Cho et al. 2022)."
     labels, cams = np.asarray(labels), np.asarray(cams)
     kept = labels >= 0
     pairs, group = np.unique(np.stack([labels[kept], cams[kept]]), axis=1, return_inverse=True)
@@ -106,7 +106,7 @@ def inter_camera_loss(features,    # B x D; normalised here
                       hard_negatives=50,  # most similar proxies of other clusters that count
                       compat=False,  # too few negatives are filled up from the own cluster; images without a positive count in the mean
                       ):           # scalar
-    "Towards the own cluster in other cameras, away from similar clusters (PPLR, section 3.4); mean over the images that have a positive."
+    "Towards the own cluster in other cameras, away from similar clusters (Cho et al. 2022); mean over the images that have a positive."
     features, proxies, targets, cams, proxy_pids, proxy_cams = as_tensors(features, proxies, targets, cams, proxy_pids, proxy_cams)
     same = targets[:, None] == proxy_pids
     positive = same & (cams[:, None] != proxy_cams)
@@ -162,7 +162,6 @@ PUBLISHED = dict(
     batch_size=64, instances=4, iterations=400, eps=0.5, eval_every=5,
     parts=3,                       # stripes
     k=20,                          # neighbours that agreement compares
-    scale=1.0,                     # multiplies the logits
     beta=0.5,                      # weight of the pseudo label in PGLR; 1: no refinement
     smoothing=0.1, aals_epoch=5,   # parts: plain smoothing, then AALS from this epoch on (counted from 0)
     camera=False, camera_eps=0.4,  # the camera variant, and its eps
@@ -212,7 +211,7 @@ class PPLR(Method):
         "Refined labels for the whole, smoothed ones for the parts, a triplet; with `camera` also the cameras."
         whole, parts = t.model(batch.images)
         x = whole[:, None] if parts is None else torch.cat([whole[:, None], parts], 1)
-        logits = t.settings.scale * torch.einsum("bhd,hcd->bhc", x, self.classifiers[:, :self.classes])
+        logits = torch.einsum("bhd,hcd->bhc", x, self.classifiers[:, :self.classes])
         terms = label_losses(t.settings, t.epoch, logits, batch.labels, self.scores[batch.index] if parts is not None else None)
         if t.settings.camera: terms["camera"] = camera_losses(t.settings, x, batch, self.proxies)
         return terms | {"triplet": soft_triplet_loss(whole, batch.labels)}
