@@ -245,12 +245,16 @@ def tiny(root):
     return open_dataset("synthetic-tiny", root)
 
 
-SHORT = dict(epochs=2, iterations=3, batch_size=16, bn_group_size=8)
-REFEREE = dict(gcn_passes=3, gcn_width=16)
+SHORT = dict(epochs=2, iterations=3)
+REFEREE = dict(gcn_width=16)
 
 
-def trained(tiny, method=mprd.MPRD, **given):
-    t = training.start(tiny, method, training.resolve(method, tiny.name, **given))
+@pytest.fixture(scope="module")
+def store(tmp_path_factory): return tmp_path_factory.mktemp("stages")
+
+
+def trained(tiny, method=mprd.MPRD, store=None, **given):
+    t = training.start(tiny, method, training.resolve(method, tiny.name, **given), store=store)
     return t, list(training.epochs(t))
 
 
@@ -266,30 +270,32 @@ def test_without_its_parts_it_is_cluster_contrast_with_the_hardest_update(tiny):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny): return trained(tiny, **SHORT, **REFEREE)
+def whole(tiny, store): return trained(tiny, store=store, **SHORT, **REFEREE)
 
 
-def test_the_referee_strikes_out_and_learns(tiny, whole):
+def test_the_referee_strikes_out_and_learns(tiny, whole, store):
     t, records = whole
     assert records[0]["flips_apart"] == 0 and all(r[f"kept_{k}"] <= r[f"flips_{k}"] for r in records for k in ("together", "apart"))
     assert 0 < records[0]["kept_together"] < records[0]["flips_together"]
     assert any(not torch.equal(v, t.method.pretrained[k]) for k, v in t.method.gcn.state_dict().items())
-    frozen, _ = trained(tiny, **SHORT | dict(epochs=1), **REFEREE, gcn_online=False)
+    assert len(list(store.glob("gcn-*/result.pt"))) == 1
+    frozen, _ = trained(tiny, store=store, **SHORT | dict(epochs=1), **REFEREE, gcn_online=False)
+    assert len(list(store.iterdir())) == 1  # the pre-training does not depend on it, and was found again
     assert all(torch.equal(v, frozen.method.pretrained[k]) for k, v in frozen.method.gcn.state_dict().items())
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny, whole, tmp_path):
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tiny, whole, store, tmp_path):
     settings, (whole, records) = training.resolve(mprd.MPRD, tiny.name, **SHORT, **REFEREE), whole
-    t = training.start(tiny, mprd.MPRD, settings, out=tmp_path)
+    t = training.start(tiny, mprd.MPRD, settings, out=tmp_path, store=store)
     next(training.epochs(t))
-    again = training.start(tiny, mprd.MPRD, settings, out=tmp_path)
+    again = training.start(tiny, mprd.MPRD, settings, out=tmp_path, store=store)
     second = next(training.epochs(again))
     assert second["loss"] == pytest.approx(records[1]["loss"], abs=1e-4) and second["flips_apart"] == records[1]["flips_apart"]
     for p, q in zip(whole.method.gcn.parameters(), again.method.gcn.parameters()): assert torch.allclose(p, q, atol=1e-4)
 
 
 def test_compat_forgets_the_referee_and_takes_the_cluster_next_door(tiny):
-    t, _ = trained(tiny, **SHORT | dict(epochs=1, iterations=2), **REFEREE, compat=True)
+    t, _ = trained(tiny, **SHORT | dict(epochs=1, iterations=2), gcn_width=8, gcn_passes=1, compat=True)
     method = t.method
     t.plan, t.epoch = None, 1
     method.gcn.fc2.bias.data += 1

@@ -22,7 +22,7 @@ from ..memory import ClusterMemory, mean_update, prototypes
 from ..models import extract_features
 from ..neighbors import jaccard_similarity
 
-# %% ../../nbs/13_methods.mprd.ipynb #0015abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0014abcd
 def _cells(a, b):
     "One list of rows per combination of two labels, and each row's cell."
     cell = np.unique(np.stack([a, b], 1), axis=0, return_inverse=True)[1].ravel()
@@ -56,7 +56,7 @@ def cluster_mates(labels) -> list:  # N index arrays
     cells, cell = _cells(alone, alone)
     return [cells[c] for c in cell]
 
-# %% ../../nbs/13_methods.mprd.ipynb #0026abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0025abcd
 def top_lists(memory,         # N x D, unit rows
               queries=None,   # Q x D; None: the memory itself
               own=None,       # Q rows of the memory to leave out; None: row i for query i
@@ -74,7 +74,7 @@ def top_lists(memory,         # N x D, unit rows
         lists.append(sims.topk(k if compat else k - 1).indices[:, compat:])
     return torch.cat([(own if ids is None else torch.as_tensor(ids, device=memory.device))[:, None], torch.cat(lists)], 1)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0029abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0028abcd
 class PairGraphs(NamedTuple):
     "E small graphs in arrays of the same size; slots 0 and 1 are the pair (in `compat` graphs, the two smallest numbers)."
     nodes: torch.Tensor   # E x S int64, row of the feature table; 0 where a slot is empty
@@ -105,7 +105,7 @@ def role_labels(adj) -> torch.Tensor:  # E x S x S -> E x S int64
     labels[:, :2] = 1
     return labels.clamp(0, 15).long()
 
-# %% ../../nbs/13_methods.mprd.ipynb #0033abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0032abcd
 def pair_graphs(left,          # E x k lists, the node itself first, as `top_lists` gives them
                 right,         # E x k lists of the partners
                 compat=False,  # the released labelling: targets mistaken, the questioned link left in
@@ -129,7 +129,7 @@ def pair_graphs(left,          # E x k lists, the node itself first, as `top_lis
     adj[:, 0, 1] = adj[:, 1, 0] = 0
     return PairGraphs(ids.masked_fill(~filled, 0), filled, adj, labels.masked_fill(~filled, 0))
 
-# %% ../../nbs/13_methods.mprd.ipynb #0042abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0041abcd
 class PairGCN(nn.Module):
     "Are the two images of a pair graph the same person? Graph convolutions, a sorted pooling, two convolutions over it (DGCNN, Zhang et al. 2018)."
     def __init__(self,
@@ -169,7 +169,7 @@ class PairGCN(nn.Module):
         h = F.dropout(F.relu(self.fc1(self.embed(graphs, table, k))), 0.5, self.training)
         return F.log_softmax(self.fc2(h), 1)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0047abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0044abcd
 def released_k(graphs) -> int:
     "How many nodes the released sorted pooling keeps: it depends on the sizes of all graphs of the batch."
     sizes = graphs.filled.sum(1).sort().values
@@ -192,7 +192,7 @@ def same_person(gcn,     # PairGCN
     gcn.train(training_)
     return torch.cat(answers).cpu().numpy()
 
-# %% ../../nbs/13_methods.mprd.ipynb #0050abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0047abcd
 def reptile_step(gcn, graphs, table,
                  targets,      # E int64: 1 same person
                  lr=0.02, steps=3,
@@ -210,7 +210,7 @@ def reptile_step(gcn, graphs, table,
         for p, s in zip(params, start): p.lerp_(s, 1 - outer)
     return float(np.mean(losses))
 
-# %% ../../nbs/13_methods.mprd.ipynb #0054abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0051abcd
 def released_reptile_step(gcn, graphs, table, targets,
                           carry=None,  # what the step before left in the gradient buffer
                           lr=0.02, decay=5e-4, steps=3) -> list:  # the buffer it leaves itself
@@ -227,7 +227,7 @@ def released_reptile_step(gcn, graphs, table, targets,
         for p, b in zip(params, buffer): p -= lr * (b + decay * p)
     return buffer
 
-# %% ../../nbs/13_methods.mprd.ipynb #0056abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0053abcd
 def view_pairs(feats,   # B x D unit features of augmented views of images `rows`
                rows,    # B rows of the memory
                memory,  # N x D unit rows
@@ -242,7 +242,7 @@ def view_pairs(feats,   # B x D unit features of augmented views of images `rows
     targets = torch.arange(2, device=memory.device).flip(0).repeat_interleave(len(rows))
     return torch.cat([left, left]), lists[torch.cat([rows, other])], memory if compat else torch.cat([memory, feats]), targets
 
-# %% ../../nbs/13_methods.mprd.ipynb #0060abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0057abcd
 def train_step(gcn, left, right, table, targets, carry=None, compat=False):
     "One Reptile step on pair graphs in training mode; what the released code carries to the next step, else None."
     gcn.train()
@@ -271,7 +271,7 @@ def augmented(t, rows, generator):
     s = t.settings
     return train_transform(torch.from_numpy(np.array(t.images[rows])).to(t.device), generator, flip=s.flip, pad=s.pad, erase=s.erase, jitter=s.jitter)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0070abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0062abcd
 def mixed_prototypes(prototypes,  # K x D
                      drawn,       # B x D, for each item the memory row of one of its hard positives
                      targets,     # B labels
@@ -283,7 +283,7 @@ def mixed_prototypes(prototypes,  # K x D
     count = torch.bincount(targets, minlength=len(prototypes))
     return (prototypes * (1 - alpha) ** count[:, None]).index_add(0, targets, weights[:, None] * drawn)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0073abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0065abcd
 def _mining_logits(feats, targets, prototypes, mixed, negatives, memory, weight, temperature):
     "Scores against prototypes, the own one mixed, then against all hard negatives of the batch; -inf where one is not the item's."
     feats = F.normalize(feats, dim=1)
@@ -317,7 +317,7 @@ def mining_loss(feats,        # B x D
     loss = F.cross_entropy(logits, targets)
     return loss if not compat else loss.detach() + _released_gradient(feats, logits.detach(), hard, *args)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0077abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0069abcd
 def _released_gradient(feats, logits, hard, targets, prototypes, mixed, *rest):
     "A term of value zero whose gradient is the shipped one: prototypes of earlier items stay replaced by their mixed versions."
     temperature, p = rest[-1], logits.softmax(1)
@@ -327,7 +327,7 @@ def _released_gradient(feats, logits, hard, targets, prototypes, mixed, *rest):
     feats = F.normalize(feats, dim=1)
     return (feats * grad).sum() / (temperature * len(feats)) - (feats * grad).sum().detach() / (temperature * len(feats))
 
-# %% ../../nbs/13_methods.mprd.ipynb #0080abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0072abcd
 @torch.no_grad()
 def write_rows(memory, feats, index):
     "The batch overwrites its rows of the instance memory, in place; of several copies the last stays."
@@ -335,7 +335,7 @@ def write_rows(memory, feats, index):
     last = len(index) - 1 - np.unique(index[::-1], return_index=True)[1]
     memory[torch.from_numpy(index[last]).to(memory.device)] = F.normalize(feats.detach()[torch.from_numpy(last).to(feats.device)], dim=1)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0083abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0075abcd
 def aligned_prototypes(prototypes,  # K x D, unit rows
                        feats,       # B x D of one view
                        targets,     # B labels
@@ -357,7 +357,7 @@ def aligned_prototypes(prototypes,  # K x D, unit rows
     vectors = torch.cat([hardest, away[torch.from_numpy(known).to(away.device)]])
     return mean_update(prototypes, vectors[torch.from_numpy(order).to(vectors.device)], cluster[order], 1 - tau)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0085abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0077abcd
 def alignment_loss(feats,    # B x D
                    partners, # B x D: another image of each item's cluster
                    q, r,     # K x D prototypes as the first and the second view see them
@@ -366,7 +366,7 @@ def alignment_loss(feats,    # B x D
     log_p, log_q = F.log_softmax(feats @ q.T / temperature, 1), F.log_softmax(partners @ r.T / temperature, 1)
     return (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
-# %% ../../nbs/13_methods.mprd.ipynb #0088abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0080abcd
 def judged(gcn, memory,
            anchors,  # A rows
            lists,    # A index arrays: partners of each anchor
@@ -382,7 +382,7 @@ def judged(gcn, memory,
         p = same_person(gcn, memory, pairs)[back.ravel()]
     return [x[k] for x, k in zip(lists, np.split((p > 0.5) == same, cuts))]
 
-# %% ../../nbs/13_methods.mprd.ipynb #0090abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0082abcd
 def partner_of(anchors,    # B rows: the image asked about
                negatives,  # B index arrays: its hard negatives; where there are none, another cluster of the batch
                index,      # B rows of the batch
@@ -408,7 +408,7 @@ def collect_pairs(index,      # B rows of the batch
     apart = partner_of(anchors, negatives, index, labels[index], memory)
     return np.concatenate([np.c_[same, np.ones(len(same), int)], np.c_[anchors, apart, np.zeros(len(same), int)]])
 
-# %% ../../nbs/13_methods.mprd.ipynb #0093abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0085abcd
 def train_on_pairs(gcn, memory,
                    pairs,  # E x 3: row, row, target
                    rng, compat=False, batch_size=128):
@@ -417,7 +417,7 @@ def train_on_pairs(gcn, memory,
     for batch in torch.from_numpy(rng.permutation(pairs)).to(memory.device).split(batch_size):
         if len(batch) == batch_size: carry = train_step(gcn, lists[batch[:, 0]], lists[batch[:, 1]], memory, batch[:, 2], carry, compat)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0095abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0087abcd
 class Flips(training.Method):
     "What is remembered: the baseline's clusters, prototypes, a memory of every image, and the flips since the last epoch."
     settings = dict(momentum=0.1, update="hard", temperature=0.05, compat=False)  # compat: what the released code does
@@ -452,7 +452,7 @@ class Flips(training.Method):
     def state(self): return {"previous": torch.from_numpy(self.previous)}
     def load_state(self, t, state): self.previous = state["previous"].cpu().numpy()
 
-# %% ../../nbs/13_methods.mprd.ipynb #0097abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0089abcd
 class PairLosses(Flips):
     "What is minimised: the mining loss and the alignment."
     settings = Flips.settings | dict(
@@ -480,7 +480,7 @@ class PairLosses(Flips):
         "The hardest image of each cluster writes its prototype."
         self.bank.update(batch.feats, batch.labels)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0099abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0091abcd
 class Referee(PairLosses):
     "What is believed: a graph network, pre-trained on views of the images, strikes out flips."
     settings = PairLosses.settings | dict(use_gcn=True, gcn_width=512, gcn_passes=1)  # its size, and passes over the images before the first epoch
@@ -517,12 +517,12 @@ class Referee(PairLosses):
         self.flips = whole
         return positives, negatives
 
-# %% ../../nbs/13_methods.mprd.ipynb #0101abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0093abcd
 class MPRD(Referee):
     "Meta Pairwise Relationship Distillation (Ji et al., ICCV 2021 and TNNLS 2024): the referee learns from the pairs of every epoch."
     settings = Referee.settings | dict(gcn_online=True)
     datasets = {name: dict(batch_size=64, iterations=400, pooling="avg", eps=eps) for name, eps in (("market1501", 0.4), ("dukemtmcreid", 0.6), ("msmt17", 0.7))} | {
-        "synthetic": dict(temperature=0.1, momentum=0.2, gcn_width=32, gcn_passes=2), "synthetic-large": {}}
+        name: dict(temperature=0.1, momentum=0.2, gcn_width=32, gcn_passes=passes) for name, passes in (("synthetic", 2), ("synthetic-tiny", 12))} | {"synthetic-large": {}}
 
     def start_epoch(self, t, feats):
         super().start_epoch(t, feats)
