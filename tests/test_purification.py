@@ -196,7 +196,7 @@ def test_the_teacher_is_this_method_without_a_teacher(tiny, pair):
     student, _ = pair
     alone = run(tiny, mu=0.0, warm=0)
     assert not hasattr(alone.method, "teacher")
-    assert same(student.method.teacher, alone.model)
+    assert same(student.method.teacher.model, alone.model)
 
 
 def test_the_warm_epoch_is_the_teachers_and_comes_on_top(tiny, pair):
@@ -208,7 +208,7 @@ def test_the_warm_epoch_is_the_teachers_and_comes_on_top(tiny, pair):
     assert t.plan.iterations == 4
     own = training.make_labels(t)
     t.method.start_epoch(t, own)
-    theirs = training.extract_features(t.method.teacher, t.images)
+    theirs = training.features(t.method.teacher, t.images)
     assert_array_equal(t.labels, dbscan(fused_similarity(theirs, 12, 4, 0.15), 0.6, 4))
     before = [b.prototypes.clone() for b in t.method.banks]
     for bank, view in zip(before, views(theirs)): assert_allclose(bank, prototypes(view, t.labels), atol=1e-7)
@@ -242,9 +242,9 @@ def test_a_teacher_from_a_file(tiny, pair, tmp_path):
 def test_teacher_bn(tiny, pair):
     student, store = pair
     with pytest.raises(ValueError, match="teacher_bn='off'"): run(tiny, teacher_bn="off")
-    frozen = {k: v.clone() for k, v in student.method.teacher.state_dict().items()}
+    frozen = {k: v.clone() for k, v in student.method.teacher.model.state_dict().items()}
     released = run(tiny, store=store, teacher_bn="batch")
-    drifted = [k for k, v in released.method.teacher.state_dict().items() if not torch.equal(v, frozen[k])]
+    drifted = [k for k, v in released.method.teacher.model.state_dict().items() if not torch.equal(v, frozen[k])]
     assert drifted and all("running" in k or "tracked" in k for k in drifted)
     assert records(released) != records(student)
 

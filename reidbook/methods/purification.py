@@ -7,6 +7,7 @@ __all__ = ['VIEWS', 'TEACHER_BN', 'STUDENT', 'METHOD', 'views', 'fuse', 'fused_s
            'distillation_loss', 'ThreeViews', 'train_teacher', 'Purification']
 
 # %% ../../nbs/15_methods.purification.ipynb #0003abcd
+from types import SimpleNamespace
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 from .. import training
 from ..clustering import dbscan, min_similarity
 from ..memory import ClusterMemory, prototypes
-from ..models import create_model, extract_features, load_state, read_state
+from ..models import create_model, load_state, read_state
 from ..neighbors import jaccard_similarity
 
 # %% ../../nbs/15_methods.purification.ipynb #0022abcd
@@ -128,7 +129,7 @@ def train_teacher(t,         # state of the student's run
                   folder,    # for checkpoints, or None
                   ) -> dict:  # "state_dict", and "history", the records of its epochs
     "A run of `ThreeViews` from its beginning to its last epoch."
-    own = training.start(t.dataset, ThreeViews, settings, t.seed, folder, t.device, t.cache, t.images)
+    own = training.start(t.dataset, ThreeViews, settings, t.seed, folder, t.device, t.cache, t.images, t.store, t.identity)
     for _ in tqdm(training.epochs(own), total=settings["epochs"], initial=own.epoch, desc="teacher", leave=False, delay=10): pass
     return {"state_dict": {k: v.cpu() for k, v in own.model.state_dict().items()}, "history": own.history}
 
@@ -149,11 +150,12 @@ class Purification(ThreeViews):
         s = t.settings
         if s.teacher_bn not in TEACHER_BN: raise ValueError(f"setting teacher_bn={s.teacher_bn!r}: expected {' or '.join(TEACHER_BN)}")
         if not s.mu and not s.warm: return
-        self.teacher, _ = create_model(s.backbone, "none", pooling=s.pooling, parts=2, bn_group_size=s.bn_group_size)
+        model, _ = create_model(s.backbone, "none", pooling=s.pooling, parts=2, bn_group_size=s.bn_group_size)
         alone = {k: v for k, v in vars(s).items() if k not in STUDENT} | {"eval_every": s.epochs}
         state = read_state(s.teacher) if s.teacher else training.stage(t, "teacher", alone, lambda folder: train_teacher(t, alone, folder))["state_dict"]
-        load_state(self.teacher, state, s.teacher or "the teacher stage")
-        self.teacher.to(t.device)
+        load_state(model, state, s.teacher or "the teacher stage")
+        self.teacher = SimpleNamespace(model=model.to(t.device), settings=s, device=t.device)  # what `features` and `quicken` ask for
+        training.quicken(self.teacher)
         s.epochs += s.warm > 0
 
     def plan(self, t):
@@ -165,21 +167,22 @@ class Purification(ThreeViews):
     def labels(self, t, feats):
         "In the warm epoch the teacher's clusters."
         if not self.warm: return super().labels(t, feats)
-        self.told = extract_features(self.teacher, t.images, device=t.device)
+        self.told = training.features(self.teacher, t.images)
         return self.clusters(t, self.told, t.settings.lambda1)
 
     def start_epoch(self, t, feats):
         "In the warm epoch the teacher's prototypes, which stay as they are."
-        super().start_epoch(t, self.told if self.warm else feats)
-        if self.warm:
-            for bank in self.banks: bank.momentum = 1.0
+        if not self.warm: return super().start_epoch(t, feats)
+        super().start_epoch(t, self.told)
+        del self.told  # features of the whole set
+        for bank in self.banks: bank.momentum = 1.0
 
     def loss(self, t, batch):
         "Contrast, and the pull to the teacher's embedding of the same augmented images."
         s, terms = t.settings, super().loss(t, batch)
         if not s.mu: return terms
-        self.teacher.train(s.teacher_bn == "batch")
-        with torch.no_grad(): told = self.teacher(batch.images)
+        teacher = self.teacher.model.train(s.teacher_bn == "batch")
+        with torch.no_grad(): told = teacher(batch.images)
         return terms | {"distil": s.mu * distillation_loss(batch.feats, told, s.lambda2)}
 
 METHOD = Purification
