@@ -7,10 +7,8 @@ __all__ = ['AREAS', 'PAPER', 'TINY', 'PRESETS', 'area', 'view_maker', 'Views', '
            'cosine', 'schedule', 'start', 'one_step', 'epochs', 'save', 'load']
 
 # %% ../nbs/17_pretraining.ipynb #0003abcd
-import json
 import math
 import os
-from functools import partial
 from pathlib import Path
 
 import numpy as np
