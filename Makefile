@@ -14,7 +14,7 @@ demo: $(VENV)/.installed  ## make the synthetic set, train the baseline through 
 	$(BIN)/reidbook site
 
 test: $(VENV)/.installed  ## everything CI runs
-	$(BIN)/python -m pytest -q --durations=15 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=20 tests  # two at a time, one thread each: two cores are enough
 
 lab: $(VENV)/.installed  ## open JupyterLab at the tour
 	$(BIN)/jupyter lab nbs/00_tour.ipynb

@@ -1,11 +1,11 @@
-"Shared by all tests: few threads (two cores, repeatable), the reference implementations' vectors, a data root of our own."
+"Shared by all tests: one thread (two tests run at a time), the reference implementations' vectors, a data root of our own."
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tests run two at a time
 
 
 @pytest.fixture(scope="session")
