@@ -7,10 +7,8 @@ __all__ = ['PlainImages', 'PlainMemory', 'plain_loop', 'our_loop', 'bench_train'
 
 # %% ../nbs/19_speed.ipynb #0003abcd
 import argparse
-import json
 import os
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +23,7 @@ from .data import MEAN, STD, open_dataset, pk_batches
 from .methods.baseline import Baseline
 from .models import Features, create_model, pick_device
 
-# %% ../nbs/19_speed.ipynb #0007abcd
+# %% ../nbs/19_speed.ipynb #0006abcd
 class PlainImages(torch.utils.data.Dataset):
     "Image files, opened and augmented one at a time."
     def __init__(self, paths, labels, settings):
@@ -38,7 +36,7 @@ class PlainImages(torch.utils.data.Dataset):
     def __getitem__(self, i):
         with Image.open(self.paths[i]) as image: return self.transform(image.convert("RGB")), self.labels[i]
 
-# %% ../nbs/19_speed.ipynb #0009abcd
+# %% ../nbs/19_speed.ipynb #0008abcd
 class PlainMemory(torch.autograd.Function):
     "Similarities to the prototypes; the backward pass writes every image into its prototype, one after the other."
     @staticmethod
@@ -55,7 +53,7 @@ class PlainMemory(torch.autograd.Function):
             ctx.memory[y] /= ctx.memory[y].norm()
         return out, None, None, None
 
-# %% ../nbs/19_speed.ipynb #0014abcd
+# %% ../nbs/19_speed.ipynb #0013abcd
 def plain_loop(dataset, settings, device, batches, workers=None, warm=2) -> float:
     "Images a second of the plain loop."
     s, labels = settings, np.unique(dataset.train.pid, return_inverse=True)[1]
@@ -76,7 +74,7 @@ def plain_loop(dataset, settings, device, batches, workers=None, warm=2) -> floa
         loss.item()
     return batches * s.batch_size / (time.perf_counter() - clock)
 
-# %% ../nbs/19_speed.ipynb #0016abcd
+# %% ../nbs/19_speed.ipynb #0015abcd
 def our_loop(dataset, settings, device, batches, warm=2) -> dict:
     "Images a second of the book's loop; seconds for decoding all training images, once."
     clock = time.perf_counter()
@@ -92,7 +90,7 @@ def our_loop(dataset, settings, device, batches, warm=2) -> dict:
         training.train_epoch(t)  # ends with a look at the losses, so the device is done
     return {"ours": batches * settings.batch_size / (time.perf_counter() - clock), "decode_s": decode}
 
-# %% ../nbs/19_speed.ipynb #0018abcd
+# %% ../nbs/19_speed.ipynb #0017abcd
 def bench_train(dataset="synthetic-small", device="auto", batches=20, workers=None, **settings) -> dict:
     "Both loops, one after the other, on the same device."
     data, device = open_dataset(dataset), pick_device(device)
@@ -103,7 +101,7 @@ def bench_train(dataset="synthetic-small", device="auto", batches=20, workers=No
     row["plain"] = plain_loop(data, s, device, batches, workers)
     return row | {"times": row["ours"] / row["plain"]}
 
-# %% ../nbs/19_speed.ipynb #0019abcd
+# %% ../nbs/19_speed.ipynb #0018abcd
 def main(words=None):
     "`reidbook bench train`."
     from reidbook.cli import parse_settings
