@@ -179,7 +179,7 @@ PER_DATASET = {
     "synthetic-large": dict(height=256, eps=0.6, camera_eps=0.6),
 }
 
-# %% ../../nbs/11_methods.pplr.ipynb #0064abcd
+# %% ../../nbs/11_methods.pplr.ipynb #0065abcd
 class PPLR(Method):
     "Part-based pseudo label refinement (Cho et al. 2022); `camera=True` is its variant for known cameras."
     settings, datasets, kept = PUBLISHED, PER_DATASET, None
@@ -225,7 +225,7 @@ class PPLR(Method):
 
 METHOD = PPLR
 
-# %% ../../nbs/11_methods.pplr.ipynb #0066abcd
+# %% ../../nbs/11_methods.pplr.ipynb #0067abcd
 def label_losses(s,       # settings
                  epoch,   # counted from 0
                  logits,  # B x (1 + P) x C
@@ -238,7 +238,7 @@ def label_losses(s,       # settings
     part_loss = aals_loss(parts, labels, scores) if epoch >= s.aals_epoch else smoothed_loss(parts, labels, s.smoothing)
     return {"pglr": pglr_loss(logits[:, 0], parts, labels, scores, s.beta), "parts": part_loss}
 
-# %% ../../nbs/11_methods.pplr.ipynb #0067abcd
+# %% ../../nbs/11_methods.pplr.ipynb #0068abcd
 def camera_losses(s, x, batch, proxies):  # settings, B x (1 + P) x D features, the batch, `camera_proxies` of every head
     "Weighted inter-camera loss: of the global feature, plus the mean over the parts."
     first, *rest = [inter_camera_loss(x[:, h], batch.labels, batch.cams, *p, s.camera_temperature, s.hard_negatives, s.compat) for h, p in enumerate(proxies)]
