@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'METHOD', 'PLUG', 'unit', 'graph_neighbors', 'graph_of_lists', 'affinity_graph', 'link_network',
-           'node_inputs', 'nodes', 'pair_logits', 'score_pairs', 'focal_loss', 'train_subgraph', 'draw_images',
+           'node_inputs', 'nodes', 'pair_logits', 'score_pairs', 'focal_loss', 'draw_images', 'train_subgraph',
            'learn_links', 'candidate_pairs', 'believed_links', 'intimate_links', 'components', 'decode', 'correction',
            'correct_labels', 'schedule', 'GLC', 'Corrected']
 
@@ -26,13 +26,13 @@ from ..models import pick_device
 from ..neighbors import as_matrix, knn
 from ..training import Plug, describe_labels
 
-# %% ../../nbs/14_methods.glc.ipynb #0005abcd
+# %% ../../nbs/14_methods.glc.ipynb #0014abcd
 def unit(features):
     "Rows of length one, float32; a zero row stays zero."
     x = as_matrix(features)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
-# %% ../../nbs/14_methods.glc.ipynb #0006abcd
+# %% ../../nbs/14_methods.glc.ipynb #0016abcd
 def graph_neighbors(features,     # N x D
                     k=50,         # neighbours per image, itself counted
                     scores=None,  # N x C class scores that are mixed in, half and half
@@ -43,7 +43,7 @@ def graph_neighbors(features,     # N x D
     if scores is not None: x = np.hstack([x, unit(scores)]) / np.float32(math.sqrt(2))
     return knn(x, k, device=device)
 
-# %% ../../nbs/14_methods.glc.ipynb #0007abcd
+# %% ../../nbs/14_methods.glc.ipynb #0020abcd
 def graph_of_lists(sims, idx):
     "Row-normalised max(A, A') + I of N x k neighbour lists, as CSR; weights are cosines, negative ones count 0."
     n, k = idx.shape
@@ -53,14 +53,14 @@ def graph_of_lists(sims, idx):
     a = a.maximum(a.T) + sp.eye(n, format="csr")
     return (sp.diags(1 / a.sum(1).A1) @ a).tocsr().astype(np.float32)
 
-# %% ../../nbs/14_methods.glc.ipynb #0008abcd
+# %% ../../nbs/14_methods.glc.ipynb #0021abcd
 def affinity_graph(features,  # N x D, numpy or torch
                    k=50,      # neighbours per image, itself counted
                    ):         # N x N float32 CSR, rows sum to one
     "The graph that GLC averages features over (Yan et al. 2022; STAR-FC's construction)."
     return graph_of_lists(*graph_neighbors(features, k))
 
-# %% ../../nbs/14_methods.glc.ipynb #0010abcd
+# %% ../../nbs/14_methods.glc.ipynb #0024abcd
 def link_network(dim,        # length of a feature
                  width=512,  # hidden units
                  seed=0,
@@ -74,7 +74,7 @@ def link_network(dim,        # length of a feature
            "out.weight": draw(width ** -0.5, 2, width), "out.bias": draw(width ** -0.5, 2)}
     return {name: w.to(device).requires_grad_() for name, w in net.items()}
 
-# %% ../../nbs/14_methods.glc.ipynb #0011abcd
+# %% ../../nbs/14_methods.glc.ipynb #0027abcd
 def node_inputs(x, graph, device="cpu"):
     "[x | Ax] on the device, N x 2D: what the graph convolution multiplies; it does not change while the network learns."
     return torch.from_numpy(np.hstack([x, (graph @ x).astype(np.float32)])).to(device)
@@ -83,7 +83,7 @@ def nodes(net, inputs):
     "ReLU([x | Ax] W + b), N x width."
     return torch.relu(inputs @ net["gcn.weight"] + net["gcn.bias"])
 
-# %% ../../nbs/14_methods.glc.ipynb #0012abcd
+# %% ../../nbs/14_methods.glc.ipynb #0029abcd
 def pair_logits(net,
                 h,      # N x width, from `nodes`
                 pairs,  # 2 x E directed pairs (i, j), torch
@@ -93,14 +93,14 @@ def pair_logits(net,
     z = embedding(pairs[0], h @ left.T + net["pair.bias"]) + embedding(pairs[1], h @ right.T)  # embedding: a gather whose gradient is summed in a fixed order
     return prelu(z, net["pair.slope"]) @ net["out.weight"].T + net["out.bias"]
 
-# %% ../../nbs/14_methods.glc.ipynb #0013abcd
+# %% ../../nbs/14_methods.glc.ipynb #0032abcd
 @torch.no_grad()
 def score_pairs(net, inputs, pairs, chunk=65536):
     "Probability that each pair of images (2 x E, numpy) is one person, E float32."
     h, pairs = nodes(net, inputs), torch.as_tensor(pairs, device=inputs.device)
     return torch.cat([pair_logits(net, h, p).softmax(1)[:, 1] for p in pairs.split(chunk, dim=1)]).cpu().numpy()
 
-# %% ../../nbs/14_methods.glc.ipynb #0014abcd
+# %% ../../nbs/14_methods.glc.ipynb #0034abcd
 def focal_loss(logits,     # E x 2
                same,       # E, 1 where the pair is one person
                gamma=2.0,  # 0: cross-entropy
@@ -109,7 +109,20 @@ def focal_loss(logits,     # E x 2
     logp = log_softmax(logits, 1).gather(1, same[:, None])[:, 0]
     return -((1 - logp.exp()) ** gamma * logp).mean()
 
-# %% ../../nbs/14_methods.glc.ipynb #0016abcd
+# %% ../../nbs/14_methods.glc.ipynb #0037abcd
+def draw_images(labels,     # N, dense, without outliers
+                near,       # C x M, the nearest classes of every class, itself counted
+                rng,
+                share=0.9,  # of the images of each class
+                ):          # row numbers
+    "A random class with its nearest classes, and nine tenths of the images of each."
+    rows = np.flatnonzero(np.isin(labels, near[rng.integers(len(near))]))
+    rows = rows[np.lexsort((rng.random(len(rows)), labels[rows]))]
+    _, first, size = np.unique(labels[rows], return_index=True, return_counts=True)
+    rank = np.arange(len(rows)) - np.repeat(first, size)
+    return rows[rank < np.repeat(np.maximum((share * size).astype(int), 1), size)]
+
+# %% ../../nbs/14_methods.glc.ipynb #0040abcd
 def train_subgraph(net, optimizer,
                    inputs,    # n x 2D, from `node_inputs`
                    edges,     # 2 x E, all stored entries of the graph, self-loops included
@@ -129,20 +142,7 @@ def train_subgraph(net, optimizer,
         losses.append(loss.detach())
     return torch.stack(losses).tolist()
 
-# %% ../../nbs/14_methods.glc.ipynb #0017abcd
-def draw_images(labels,     # N, dense, without outliers
-                near,       # C x M, the nearest classes of every class, itself counted
-                rng,
-                share=0.9,  # of the images of each class
-                ):          # row numbers
-    "A random class with its nearest classes, and nine tenths of the images of each."
-    rows = np.flatnonzero(np.isin(labels, near[rng.integers(len(near))]))
-    rows = rows[np.lexsort((rng.random(len(rows)), labels[rows]))]
-    _, first, size = np.unique(labels[rows], return_index=True, return_counts=True)
-    rank = np.arange(len(rows)) - np.repeat(first, size)
-    return rows[rank < np.repeat((share * size).astype(int), size)]
-
-# %% ../../nbs/14_methods.glc.ipynb #0018abcd
+# %% ../../nbs/14_methods.glc.ipynb #0042abcd
 def learn_links(x,         # N x D unit rows with a label
                 labels,    # N, dense
                 k=50, n_classes=350, subgraphs=(203, 200), steps=80, lr=(0.1, 0.01), width=512, gamma=2.0, seed=0, device="cpu"):
@@ -153,20 +153,19 @@ def learn_links(x,         # N x D unit rows with a label
     for count, optimizer.param_groups[0]["lr"] in zip(subgraphs, lr):
         for _ in range(min(count, len(near))):
             rows = draw_images(labels, near, rng)
-            if len(rows) < 2: continue
             graph = graph_of_lists(*knn(x[rows], k, device=device)).tocoo()
             same = torch.from_numpy((labels[rows][graph.row] == labels[rows][graph.col]).astype(np.int64)).to(device)
             order = torch.from_numpy(np.concatenate([rng.permutation(graph.nnz) for _ in range(2)])).to(device)
             edges = torch.from_numpy(np.stack([graph.row, graph.col]).astype(np.int64)).to(device)
             yield net, train_subgraph(net, optimizer, node_inputs(x[rows], graph.tocsr(), device), edges, same, order, steps, gamma)
 
-# %% ../../nbs/14_methods.glc.ipynb #0020abcd
+# %% ../../nbs/14_methods.glc.ipynb #0044abcd
 def candidate_pairs(idx):
     "The directed pairs (i, j), j among i's neighbours and not i itself, 2 x E int64, by i."
     rows = np.repeat(np.arange(len(idx)), idx.shape[1])
     return np.stack([rows, idx.ravel()])[:, rows != idx.ravel()]
 
-# %% ../../nbs/14_methods.glc.ipynb #0021abcd
+# %% ../../nbs/14_methods.glc.ipynb #0046abcd
 def believed_links(pairs, scores, n, t1=0.6):
     "Pairs scored above t1 as a directed 0/1 matrix, n x n CSR."
     kept = np.asarray(scores) > t1
@@ -175,7 +174,7 @@ def believed_links(pairs, scores, n, t1=0.6):
     b.data[:] = 1
     return b
 
-# %% ../../nbs/14_methods.glc.ipynb #0022abcd
+# %% ../../nbs/14_methods.glc.ipynb #0048abcd
 def intimate_links(b,       # n x n directed 0/1 CSR, from `believed_links`
                    t2=0.6,
                    rows=2048,  # of the product at a time: memory stays linear
@@ -190,7 +189,7 @@ def intimate_links(b,       # n x n directed 0/1 CSR, from `believed_links`
     kept = np.maximum(shared / out[i], shared / out[j]) > t2
     return sp.csr_matrix((np.ones(kept.sum(), np.int32), (i[kept], j[kept])), b.shape)
 
-# %% ../../nbs/14_methods.glc.ipynb #0023abcd
+# %% ../../nbs/14_methods.glc.ipynb #0052abcd
 def components(links, min_size=5):
     "Connected components of links in either direction, numbered by their first image; -1 for images of components below min_size."
     found = connected_components(links, directed=False)[1]
@@ -201,7 +200,7 @@ def components(links, min_size=5):
     labels[kept] = np.argsort(np.argsort(first))[inverse]
     return labels
 
-# %% ../../nbs/14_methods.glc.ipynb #0024abcd
+# %% ../../nbs/14_methods.glc.ipynb #0053abcd
 def decode(pairs,            # 2 x E directed (i, j)
            scores,           # E probabilities that the pair is one person
            n,                # images
@@ -213,7 +212,7 @@ def decode(pairs,            # 2 x E directed (i, j)
     end = len(scores) - len(scores) % 65 if drop_tail else len(scores)
     return components(intimate_links(believed_links(np.asarray(pairs)[:, :end], np.asarray(scores)[:end], n, t1), t2), min_size)
 
-# %% ../../nbs/14_methods.glc.ipynb #0026abcd
+# %% ../../nbs/14_methods.glc.ipynb #0056abcd
 def correction(features,      # N x D, all images, numpy or torch
                labels,        # N noisy labels, -1 for outliers
                *,
@@ -243,13 +242,13 @@ def correction(features,      # N x D, all images, numpy or torch
     found = decode(result.pairs, result.scores, len(x), t1, t2, min_size)
     sizes, before = np.bincount(found[found >= 0], minlength=1), np.bincount(labels[labelled]).max()
     result.largest = int(sizes.max())
-    if found.max(initial=-1) < 1: result.note = f"{found.max(initial=-1) + 1} component(s) of {min_size} or more images: labels unchanged; lower t1 or t2, or train on more sub-graphs"
-    elif result.largest > max(giant * len(x), before):
+    if result.largest > max(giant * len(x), before):
         result.note = f"one component of {result.largest} of {len(x)} images (largest cluster before: {before}): labels unchanged; raise t1 or t2, or lower k"
+    elif found.max(initial=-1) < 1: result.note = f"{found.max(initial=-1) + 1} component(s) of {min_size} or more images: labels unchanged; lower t1 or t2, or train on more sub-graphs"
     else: result.labels = found
     return result
 
-# %% ../../nbs/14_methods.glc.ipynb #0027abcd
+# %% ../../nbs/14_methods.glc.ipynb #0057abcd
 def correct_labels(features,  # N x D, all images, numpy or torch
                    labels,    # N noisy labels of any method, -1 for outliers
                    **settings,  # see `correction`
@@ -259,7 +258,7 @@ def correct_labels(features,  # N x D, all images, numpy or torch
     if result.note: warnings.warn(f"correct_labels: {result.note}")
     return result.labels
 
-# %% ../../nbs/14_methods.glc.ipynb #0029abcd
+# %% ../../nbs/14_methods.glc.ipynb #0080abcd
 SCHEDULES = {  # (source, target): what the authors ran; no source: fully unsupervised. Epochs count from 0
     ("", "market1501"): dict(both=dict(glc_start=5), glc=dict(), restart=dict(glc_restart=20, glc_restart_lr=4e-4, glc_restart_step=10)),
     ("", "msmt17"): dict(both=dict(), glc=dict(glc_start=12, glc_interval=6), restart=dict()),
@@ -267,22 +266,22 @@ SCHEDULES = {  # (source, target): what the authors ran; no source: fully unsupe
     ("market1501", "msmt17"): dict(both=dict(), glc=dict(glc_start=5), restart=dict()),
 }
 
-# %% ../../nbs/14_methods.glc.ipynb #0030abcd
+# %% ../../nbs/14_methods.glc.ipynb #0081abcd
 def schedule(target, source="", kind="both"):
     "Settings of the plug for a data set or a direction: correction with a restart (`both`), without (`glc`), or the restart alone."
     if kind not in ("both", "glc", "restart"): raise ValueError(f"kind {kind!r}: expected both, glc or restart")
     off = dict(both={}, glc=dict(glc_restart=-1), restart=dict(glc_start=-1))[kind]
     return GLC.settings | SCHEDULES.get((source, target), {}).get(kind, {}) | off
 
-# %% ../../nbs/14_methods.glc.ipynb #0031abcd
+# %% ../../nbs/14_methods.glc.ipynb #0082abcd
 class GLC(Plug):
     "Correct the labels of any method at chosen epochs; start the network afresh once, on corrected labels (Yan et al. 2022, as released)."
     settings = dict(glc_start=10, glc_interval=5,      # first epoch (from 0) with a correction, -1: none; epochs between two
                     glc_restart=15, glc_freeze=5,      # epoch that corrects and starts afresh, -1: none; epochs after it that keep its labels
                     glc_restart_lr=5.5e-4, glc_restart_step=15,  # from the restart on
                     glc_k=50, glc_classes=350, glc_subgraphs=[203, 200], glc_steps=80, glc_width=512, glc_t1=0.6, glc_t2=0.6, glc_min_size=5)
-    datasets = {"market1501": dict(glc_start=5),
-                "synthetic": dict(glc_start=3, glc_interval=2, glc_restart=-1, glc_k=20, glc_subgraphs=[20, 20], glc_width=64)}
+    datasets = {"market1501": dict(glc_start=5), "msmt17 to market1501": dict(glc_start=6, glc_interval=6),
+                "synthetic": dict(glc_start=4, glc_interval=3, glc_restart=-1, glc_k=20, glc_subgraphs=[40, 20], glc_width=64)}
 
     def __init__(self): self.found = {}
 
@@ -314,7 +313,7 @@ class GLC(Plug):
         found, self.found = self.found, {}
         return found
 
-# %% ../../nbs/14_methods.glc.ipynb #0032abcd
+# %% ../../nbs/14_methods.glc.ipynb #0083abcd
 class Corrected(Baseline):
     "Cluster Contrast with the plug."
     settings = Baseline.settings | dict(correct="glc")
