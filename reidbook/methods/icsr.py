@@ -136,7 +136,7 @@ def local_clusters(feats,       # n x D features of one camera's images
     labels = agglomerative(sim, count)
     return labels, silhouette(sim, labels)
 
-# %% ../../nbs/12_methods.icsr.ipynb #0070abcd
+# %% ../../nbs/12_methods.icsr.ipynb #0071abcd
 class Contrast(training.Method):
     "Prototypes, InfoNCE against them, and the batch written into them: what both stages train with."
     def start_epoch(self, t, feats):
@@ -149,7 +149,7 @@ class Contrast(training.Method):
 
     def after_step(self, t, batch): self.memory.update(batch.feats, batch.targets)
 
-# %% ../../nbs/12_methods.icsr.ipynb #0072abcd
+# %% ../../nbs/12_methods.icsr.ipynb #0073abcd
 class CameraStage(Contrast):
     "Stage 1 for one camera: average linkage each epoch; keeps the labels of the epoch whose clusters were best separated."
     def __init__(self): self.best, self.silhouettes = None, []
@@ -165,7 +165,7 @@ class CameraStage(Contrast):
     def state(self): return {"best": torch.from_numpy(self.best), "silhouettes": self.silhouettes}
     def load_state(self, t, state): self.best, self.silhouettes = state["best"].numpy(), state["silhouettes"]
 
-# %% ../../nbs/12_methods.icsr.ipynb #0074abcd
+# %% ../../nbs/12_methods.icsr.ipynb #0075abcd
 def train_camera(t,         # the run's state
                  rows,      # the camera's images
                  settings,  # of stage 1
@@ -177,13 +177,13 @@ def train_camera(t,         # the run's state
     for _ in training.epochs(one): pass
     return {"labels": torch.from_numpy(one.method.best), "silhouettes": one.method.silhouettes}
 
-# %% ../../nbs/12_methods.icsr.ipynb #0076abcd
+# %% ../../nbs/12_methods.icsr.ipynb #0077abcd
 def devices(device) -> list:
     "The devices that may share stage 1: all GPUs when the run is on an unnumbered one, else just its own."
     if device.type == "cuda" and device.index is None: return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     return [device]
 
-# %% ../../nbs/12_methods.icsr.ipynb #0077abcd
+# %% ../../nbs/12_methods.icsr.ipynb #0078abcd
 STAGE_TWO = {"eps", "min_samples", "eval_every", "correct"}  # settings of the loop that stage 1 does not use
 
 def camera_settings(s) -> dict:
@@ -192,7 +192,7 @@ def camera_settings(s) -> dict:
         epochs=s.camera_epochs, iterations=s.camera_iterations, lr_step=s.camera_epochs, clusters=s.camera_clusters, momentum=s.camera_momentum,
         temperature=s.temperature, update=s.update, eval_every=s.camera_epochs, correct="")
 
-# %% ../../nbs/12_methods.icsr.ipynb #0079abcd
+# %% ../../nbs/12_methods.icsr.ipynb #0080abcd
 def camera_labels(t) -> np.ndarray:
     "Stage 1: N local labels, camera by camera, each trained once and found again by `training.stage`; several GPUs take a camera each."
     settings, free, opening = camera_settings(t.settings), SimpleQueue(), Lock()
@@ -208,7 +208,7 @@ def camera_labels(t) -> np.ndarray:
         for rows, result in tqdm((map if len(places) == 1 else pool.map)(one, cams), "stage 1: cameras", len(cams), leave=False): labels[rows] = result["labels"].numpy()
     return labels
 
-# %% ../../nbs/12_methods.icsr.ipynb #0081abcd
+# %% ../../nbs/12_methods.icsr.ipynb #0082abcd
 def global_clusters(feats,  # N x D
                     s,      # the run's settings
                     how,    # infomap, agglomerative or dbscan
@@ -218,7 +218,7 @@ def global_clusters(feats,  # N x D
     if how == "agglomerative": return agglomerative(jaccard_similarity(feats, s.k1, s.k2), s.n_clusters or max(2, len(feats) // 20))
     return dbscan(jaccard_similarity(feats, s.k1, s.k2, min_similarity=min_similarity(s.eps)), s.eps, s.min_samples)
 
-# %% ../../nbs/12_methods.icsr.ipynb #0082abcd
+# %% ../../nbs/12_methods.icsr.ipynb #0083abcd
 class ICSR(Contrast):
     "Cluster Contrast on global clusters from which each camera's own clusters have struck out what does not belong (Li et al. 2023)."
     settings = dict(batch_size=64, instances=4, bn_group_size=16, temperature=0.05, momentum=0.1, update="mean",
