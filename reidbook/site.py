@@ -12,7 +12,7 @@ __all__ = ['CODE', 'RUN_FIELDS', 'SCRIPT', 'ACCENTS', 'INLINE', 'TEMPLATE', 'MAC
            'readme_text', 'readme_prose', 'readme_output', 'make_readme', 'parse_errors', 'check_link', 'check_page',
            'check_site', 'check_cells', 'check_notebook', 'check_sources']
 
-# %% ../nbs/24_site.ipynb #0002abcd
+# %% ../nbs/24_site.ipynb #0003abcd
 import html, importlib.util, json, os, re, shutil, subprocess, sys, unicodedata
 from collections import Counter
 from functools import lru_cache
@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import yaml
 
-# %% ../nbs/24_site.ipynb #0005abcd
+# %% ../nbs/24_site.ipynb #0006abcd
 def book_root(root=None,  # a folder inside a checkout; None: the current one, then the one that holds this package
               ) -> Path:
     "The checkout: the nearest folder upwards with a _quarto.yml and an nbs folder."
@@ -32,12 +32,12 @@ def book_root(root=None,  # a folder inside a checkout; None: the current one, t
             if (folder / "_quarto.yml").is_file() and (folder / "nbs").is_dir(): return folder
     raise FileNotFoundError(f"no _quarto.yml with an nbs folder in {starts[0]} or above: run inside a checkout, or give its folder")
 
-# %% ../nbs/24_site.ipynb #0006abcd
+# %% ../nbs/24_site.ipynb #0007abcd
 def read_config(root) -> dict:
     "`_quarto.yml` of a checkout."
     return yaml.safe_load((Path(root) / "_quarto.yml").read_text(encoding="utf-8"))
 
-# %% ../nbs/24_site.ipynb #0009abcd
+# %% ../nbs/24_site.ipynb #0010abcd
 def present(contents,  # a sidebar's `contents`: file names and sections
             folder,    # what the names are relative to
             ):         # the same without absent files; the absent names
@@ -51,13 +51,13 @@ def present(contents,  # a sidebar's `contents`: file names and sections
         if inner: kept.append({**entry, "contents": inner})
     return kept, missing
 
-# %% ../nbs/24_site.ipynb #0012abcd
+# %% ../nbs/24_site.ipynb #0013abcd
 def reading_order(contents) -> list:  # (section, file name) in order
     "A sidebar as a flat list."
     inner = [[(e["section"], f) for _, f in reading_order(e["contents"])] if isinstance(e, dict) else [("", e)] for e in contents]
     return [pair for pairs in inner for pair in pairs]
 
-# %% ../nbs/24_site.ipynb #0015abcd
+# %% ../nbs/24_site.ipynb #0016abcd
 CODE = re.compile(r"^(?P<f>`{3,}|~{3,}).*?^(?P=f)[ \t]*$|(?<=\n\n)(?: {4}[^\n]*(?:\n|$))+"  # code in markdown
                   r"|(?P<t>`+)[^`].*?(?P=t)(?!`)", re.M | re.S)
 
@@ -76,7 +76,7 @@ def has_picture(cell) -> bool:
     "Does a cell show an image?"
     return any(k.startswith("image/") for o in cell.get("outputs", []) for k in o.get("data", {}))
 
-# %% ../nbs/24_site.ipynb #0018abcd
+# %% ../nbs/24_site.ipynb #0019abcd
 def link_chapters(text: str, path) -> str:
     "Chapters named in code quotes become links, if they lie beside the notebook at `path`."
     def link(m): return f"[{m[0]}]({m[1]}.ipynb)" if path and (Path(path).parent / f"{m[1]}.ipynb").is_file() else m[0]
@@ -108,7 +108,7 @@ class BookPage:
         alt = str(known.get("fig-cap") or prose or "Figure made by the cell above")
         cell.source = f"#| fig-alt: {json.dumps(alt, ensure_ascii=False)}\n{cell.source}"
 
-# %% ../nbs/24_site.ipynb #0024abcd
+# %% ../nbs/24_site.ipynb #0025abcd
 def front_matter(cells):  # the notebook's cells
     "Front matter and the other cells. Raw YAML first, else the H1 and the `>` line of the first markdown cell."
     if not cells: return {}, []
@@ -119,7 +119,7 @@ def front_matter(cells):  # the notebook's cells
     m = re.match(r"#\s+(.+)(?:\s*\n>\s*(.+))?", first.source)
     return ({"title": m[1].strip(), **({"description": m[2].strip()} if m[2] else {})} if m else {}), list(cells)
 
-# %% ../nbs/24_site.ipynb #0027abcd
+# %% ../nbs/24_site.ipynb #0028abcd
 RUN_FIELDS = ("title", "dataset", "method", "seed", "mAP")
 
 def finished_runs(nbs):  # list of (page name, front matter), list of (folder name, why it is left out)
@@ -136,7 +136,7 @@ def finished_runs(nbs):  # list of (page name, front matter), list of (folder na
         except (ValueError, AttributeError, nbformat.reader.NotJSONError) as e: left_out.append((folder.name, str(e)))
     return good, left_out
 
-# %% ../nbs/24_site.ipynb #0034abcd
+# %% ../nbs/24_site.ipynb #0035abcd
 SCRIPT = """if __name__ == "__main__":
     import sys
     from nbdev.serve import proc_nbs
@@ -155,7 +155,7 @@ def process_notebooks(root, skip=()) -> Path:  # `skip`: names of folders to lea
                                          f"{done.stderr[-2000:]}")
     return Path(root) / "_proc"
 
-# %% ../nbs/24_site.ipynb #0036abcd
+# %% ../nbs/24_site.ipynb #0037abcd
 def prepare(root):  # folder _proc, its configuration, what was left out and why
     "Everything a renderer needs in `_proc/`: processed notebooks and `_quarto.yml` without what is absent."
     left_out = finished_runs(Path(root) / "nbs")[1]
@@ -174,14 +174,14 @@ def prepare(root):  # folder _proc, its configuration, what was left out and why
     notes += [f"{name} is in _quarto.yml but not in nbs: left out" for name in missing]
     return proc, config, notes + [f"{name} is not in the sidebar: add it to _quarto.yml" for name in extra]
 
-# %% ../nbs/24_site.ipynb #0038abcd
+# %% ../nbs/24_site.ipynb #0039abcd
 def render_quarto(proc: Path, config: dict, quarto) -> Path:  # the folder of finished pages
     "Let Quarto render `_proc/`; its last words are in the error when it fails."
     done = subprocess.run([str(quarto), "render"], cwd=proc, capture_output=True, text=True)
     if done.returncode: raise ValueError(f"quarto render failed with exit code {done.returncode}:\n{(done.stdout + done.stderr)[-1500:]}")
     return proc / config["project"]["output-dir"]
 
-# %% ../nbs/24_site.ipynb #0040abcd
+# %% ../nbs/24_site.ipynb #0041abcd
 def mathml(tex: str, block=False) -> str:
     "A formula as MathML; as TeX in a code element when latex2mathml is missing or cannot read it."
     try:
@@ -190,7 +190,7 @@ def mathml(tex: str, block=False) -> str:
     except Exception:  # latex2mathml has a dozen error types and no common base
         return f'<code class="tex">{html.escape(tex.strip())}</code>'
 
-# %% ../nbs/24_site.ipynb #0043abcd
+# %% ../nbs/24_site.ipynb #0044abcd
 ACCENTS = {'"': "\u0308", "'": "\u0301", "`": "\u0300", "^": "\u0302", "~": "\u0303", "v": "\u030c", "c": "\u0327", "=": "\u0304", "u": "\u0306"}
 
 def untex(text: str) -> str:
@@ -198,7 +198,7 @@ def untex(text: str) -> str:
     text = re.sub(r"""\{?\\(["'`^~=]|[vcu](?=[ {]))\s*\{?\\?([A-Za-z])\}?\}?""", lambda m: unicodedata.normalize("NFC", m[2] + ACCENTS[m[1]]), text)
     return re.sub(r"\s+", " ", text.replace("\\&", "&").replace("--", "–").replace("{", "").replace("}", "")).strip()
 
-# %% ../nbs/24_site.ipynb #0045abcd
+# %% ../nbs/24_site.ipynb #0046abcd
 def read_bib(text: str) -> dict:  # key -> dict of fields
     "A BibTeX file: entries with fields in braces or quotes."
     entries = {}
@@ -207,7 +207,7 @@ def read_bib(text: str) -> dict:  # key -> dict of fields
         entries[key] = {"kind": kind.lower(), **{k.lower(): untex(a or b or c) for k, a, b, c in fields}}
     return entries
 
-# %% ../nbs/24_site.ipynb #0048abcd
+# %% ../nbs/24_site.ipynb #0049abcd
 def short_citation(entry: dict) -> str:
     "`Zhong et al. 2017`."
     names = [n.split(",")[0] if "," in n else n.split()[-1] for n in entry.get("author", entry.get("title", "?")).split(" and ")]
@@ -223,7 +223,7 @@ def full_citation(entry: dict) -> str:
     text = html.escape(f"{who} ({entry.get('year', 'n.d.')}). {entry.get('title', '')}. {where}.".replace("..", "."))
     return text + (f' <a href="{html.escape(address)}">{html.escape(address.removeprefix("https://"))}</a>' if address else "")
 
-# %% ../nbs/24_site.ipynb #0051abcd
+# %% ../nbs/24_site.ipynb #0052abcd
 INLINE = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?=\S)(?P<math>[^$\n]*?\S|\S)\$(?![\d$])|\[(?P<cite>[^\[\]]*@[\w:-]+[^\[\]]*)\](?!\()"
                     r"|\[\]\{#(?P<anchor>[\w.-]+)\}"
                     r"|^!\[(?P<caption>[^\[\]]*)\]\((?P<src>[^)\s]+)\)(?:\{(?P<attributes>[^}]*)\})?[ \t]*$", re.S | re.M)
@@ -267,7 +267,7 @@ def markdown_html(text: str, bib={}, cited=None) -> str:
     for _ in range(2): out = re.sub(r"KEEP(\d+)KEPT", lambda m: kept[int(m[1])], out)
     return re.sub(r"<p>((?:<span id=[^>]*></span>\s*)+|<pre class=\"diagram\">.*?</pre>|<figure.*?</figure>)</p>", r"\1", out, flags=re.S)
 
-# %% ../nbs/24_site.ipynb #0055abcd
+# %% ../nbs/24_site.ipynb #0056abcd
 def output_html(output, save,  # save(bytes, suffix) -> address of the file
                 alt: str, bib={}, cited=None) -> str:
     "One output of a cell."
@@ -284,7 +284,7 @@ def output_html(output, save,  # save(bytes, suffix) -> address of the file
     if "text/latex" in data: return mathml(data["text/latex"].strip("$ \n"), True)
     return f'<pre>{html.escape(strip_ansi(data["text/plain"]))}</pre>' if "text/plain" in data else ""
 
-# %% ../nbs/24_site.ipynb #0058abcd
+# %% ../nbs/24_site.ipynb #0059abcd
 def code_html(source: str) -> str:
     "Highlighted Python."
     from nbconvert.filters import Highlight2HTML
@@ -304,7 +304,7 @@ def cell_html(cell, save, bib={}, cited=None) -> str:
         shown = f'<figure{name}>{shown}<figcaption>{words}</figcaption></figure>'
     return f'<div class="cell">{"".join(parts)}{shown}</div>'
 
-# %% ../nbs/24_site.ipynb #0060abcd
+# %% ../nbs/24_site.ipynb #0061abcd
 def heading_id(text: str, taken: set) -> str:
     "Pandoc's automatic identifier."
     name = re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", text.lower()).strip())
@@ -313,7 +313,7 @@ def heading_id(text: str, taken: set) -> str:
     taken.add(name := f"{name}-{n}" if n else name)
     return name
 
-# %% ../nbs/24_site.ipynb #0062abcd
+# %% ../nbs/24_site.ipynb #0063abcd
 def page_address(name: str,  # runs/a/run.ipynb
                  meta={},    # its front matter; nbdev names the page of 06_noise.ipynb noise.html there
                  ) -> str:
@@ -336,7 +336,7 @@ def finish_html(body: str, page="", addresses={}):  # html, list of (level, id, 
     body = re.sub(r"<h([1-6])[^>]*>(.*?)</h\1>", heading, body, flags=re.S)
     return re.sub(r'(<a\s[^>]*?href=")([^"]*)"', link, re.sub(r"<style\b.*?</style>", "", body, flags=re.S)), toc
 
-# %% ../nbs/24_site.ipynb #0066abcd
+# %% ../nbs/24_site.ipynb #0067abcd
 def sidebar_html(contents: list, links: dict, here: str, up: str) -> str:  # `links`: file -> (address, title)
     "The reading order as nested lists; `here` is marked."
     def entry(e):
@@ -352,7 +352,7 @@ def way_html(order: list, links: dict, here: str, up: str) -> str:
     before = f'<a href="{up}{links[order[n - 1]][0]}">← {html.escape(links[order[n - 1]][1])}</a>' if n else "<span></span>"
     return before + (f'<a href="{up}{links[order[n + 1]][0]}">{html.escape(links[order[n + 1]][1])} →</a>' if n + 1 < len(order) else "")
 
-# %% ../nbs/24_site.ipynb #0067abcd
+# %% ../nbs/24_site.ipynb #0068abcd
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="generator" content="reidbook.site (plain build: Quarto was not found)"><title>{title} – {site}</title>
@@ -369,14 +369,14 @@ TEMPLATE = """<!DOCTYPE html>
 <script>const up = "{up}"</script><script src="{up}search-index.js"></script><script src="{up}plain.js"></script></body></html>
 """
 
-# %% ../nbs/24_site.ipynb #0069abcd
+# %% ../nbs/24_site.ipynb #0070abcd
 def facts_html(meta: dict) -> str:
     "The front matter of a run as a line of facts."
     shown = [k for k in ("dataset", "method", "seed", "mAP", "rank1", "minutes", "date") if meta.get(k) is not None]
     facts = "".join(f"<div><dt>{k}</dt><dd>{html.escape(str(meta[k]))}</dd></div>" for k in shown)
     return f'<dl class="facts">{facts}</dl>' if len(shown) > 1 else ""
 
-# %% ../nbs/24_site.ipynb #0072abcd
+# %% ../nbs/24_site.ipynb #0073abcd
 def listing_html(listing: dict, runs: list) -> str:
     "The results table: the fields of the page's own `listing`, one row per run; plain.js sorts it by a click on a heading."
     fields, names = listing["fields"], listing.get("field-display-names", {})
@@ -390,7 +390,7 @@ def listing_html(listing: dict, runs: list) -> str:
     rows = "".join(f"<tr>{''.join(cell(p, m, f) for f in fields)}</tr>" for p, m in order)
     return f'<div class="table-wrap"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
-# %% ../nbs/24_site.ipynb #0075abcd
+# %% ../nbs/24_site.ipynb #0076abcd
 def read_page(path: Path):  # front matter, cells
     "A staged notebook or Quarto document."
     if path.suffix == ".ipynb": return front_matter(nbformat.read(path, 4).cells)
@@ -409,7 +409,7 @@ def picture_saver(folder: Path, stem: str):
         return name
     return save
 
-# %% ../nbs/24_site.ipynb #0077abcd
+# %% ../nbs/24_site.ipynb #0078abcd
 def render_page(page: str, read: dict, config: dict, bib: dict, out: Path) -> list:  # entries of the search index
     "One page of the plain build; `read`: file -> (front matter, cells)."
     (meta, cells), contents = read[page], config["website"]["sidebar"]["contents"]
@@ -446,7 +446,7 @@ def render_plain(proc: Path, config: dict) -> Path:  # the folder of finished pa
         shutil.copy2(path, out / path.relative_to(proc))
     return out
 
-# %% ../nbs/24_site.ipynb #0079abcd
+# %% ../nbs/24_site.ipynb #0080abcd
 def replace_folder(made: Path, out: Path):
     "Put the folder `made` where `out` is; whoever looks sees the old site or the new one."
     new, old = (out.with_name(f"{out.name}.{what}{os.getpid()}") for what in ("new", "old"))
@@ -455,7 +455,7 @@ def replace_folder(made: Path, out: Path):
     new.rename(out)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/24_site.ipynb #0081abcd
+# %% ../nbs/24_site.ipynb #0082abcd
 def build_site(out=None,     # where the site goes; None: _docs in the checkout
                quarto=None,  # path of Quarto; None: the one on PATH, if any; False: the plain build in any case
                *, root=None, # a folder in the checkout
@@ -474,7 +474,7 @@ def build_site(out=None,     # where the site goes; None: _docs in the checkout
     print(f"site: {len(list(out.rglob('*.html')))} pages, {len(list((proc / 'runs').glob('*/run.ipynb')))} of them runs, in {out.name}/")
     return out
 
-# %% ../nbs/24_site.ipynb #0091abcd
+# %% ../nbs/24_site.ipynb #0092abcd
 def readme_text(proc) -> str:
     "The processed index as plain markdown: outputs inlined, links and pictures relative to the checkout."
     meta, cells = front_matter(nbformat.read(Path(proc) / "index.ipynb", 4).cells)
@@ -499,7 +499,7 @@ def readme_output(output) -> str:
     if "text/markdown" in data: return data["text/markdown"]
     return "```\n" + data["text/plain"].rstrip() + "\n```" if data.get("text/plain") and not has_picture({"outputs": [output]}) else ""
 
-# %% ../nbs/24_site.ipynb #0092abcd
+# %% ../nbs/24_site.ipynb #0093abcd
 def make_readme(root=None) -> Path:
     "Write README.md of the checkout from nbs/index.ipynb."
     root = book_root(root)
@@ -507,7 +507,7 @@ def make_readme(root=None) -> Path:
     path.write_text(readme_text(process_notebooks(root, [name for name, _ in finished_runs(root / "nbs")[1]])), encoding="utf-8")
     return path
 
-# %% ../nbs/24_site.ipynb #0097abcd
+# %% ../nbs/24_site.ipynb #0098abcd
 MACHINE = re.compile(r"(?<![\w.:/~-])/(?:work|tmp|root|home/\w+|Users/\w+|mnt)/[\w.-]+")
 
 def parse_errors(text: str) -> list:
@@ -518,7 +518,7 @@ def parse_errors(text: str) -> list:
     parser.parse(text)
     return [f"line {line}: {code}" for (line, _), code, _ in parser.errors]
 
-# %% ../nbs/24_site.ipynb #0100abcd
+# %% ../nbs/24_site.ipynb #0101abcd
 @lru_cache(maxsize=4096)
 def _anchors(path: Path, _time) -> frozenset:
     "Names in a page that a link can point at."
@@ -537,7 +537,7 @@ def check_link(address: str, page: Path, folder: Path) -> str:  # "" when it is 
         return f"link {address}: no such anchor"
     return ""
 
-# %% ../nbs/24_site.ipynb #0102abcd
+# %% ../nbs/24_site.ipynb #0103abcd
 def check_page(page: Path, folder: Path) -> list:
     "Problems of one HTML page."
     from bs4 import BeautifulSoup
@@ -557,7 +557,7 @@ def check_page(page: Path, folder: Path) -> list:
     problems += [f"{e.get_text()} is not resolved" for e in soup.select(".unresolved, .quarto-unresolved-ref")]
     return problems + [f"path of a machine: {m}" for m in sorted(set(MACHINE.findall(text)))]
 
-# %% ../nbs/24_site.ipynb #0104abcd
+# %% ../nbs/24_site.ipynb #0105abcd
 def check_site(folder, root=None) -> list:  # "page: problem", empty when all is well
     "Check a built site; with `root`, also that it holds every chapter of the reading order and every finished run."
     folder = Path(folder)
@@ -570,7 +570,7 @@ def check_site(folder, root=None) -> list:  # "page: problem", empty when all is
     names = {f: {page_address(f), page_address(re.sub(r"^\d+_", "", f))} for f in wanted + [page for page, _ in finished_runs(nbs)[0]]}
     return problems + [f"{f}: not in the site" for f, either in names.items() if not either & pages]
 
-# %% ../nbs/24_site.ipynb #0112abcd
+# %% ../nbs/24_site.ipynb #0113abcd
 def check_cells(cells) -> list:
     "Problems of the cells of a chapter that nbdev or Quarto would stumble over."
     problems, exported = [], False
@@ -587,7 +587,7 @@ def check_cells(cells) -> list:
             problems.append(f"cell {n}: a diagram after the first exported function is not drawn")
     return problems
 
-# %% ../nbs/24_site.ipynb #0115abcd
+# %% ../nbs/24_site.ipynb #0116abcd
 def check_notebook(path: Path, nbs: Path, keys: set) -> list:
     "Problems of one notebook: format, title, cells, citations, links."
     try:

@@ -276,7 +276,7 @@ def test_schedules_by_direction():
 
 
 def test_restart_trains_a_fresh_network_on_the_old_one_s_labels(tiny):
-    t = training.start(tiny, glc.METHOD, training.resolve(glc.METHOD, tiny.name, **FAST | dict(epochs=4, glc_start=1, glc_restart=1, glc_freeze=1, glc_restart_lr=5e-3)))
+    t = training.start(tiny, glc.METHOD, training.resolve(glc.METHOD, tiny.name, **FAST | dict(epochs=4, glc_start=1, glc_interval=2, glc_restart=1, glc_freeze=1, glc_restart_lr=5e-3)))
     fresh = {k: v.clone() for k, v in t.model.state_dict().items()}
     seen, steps, start_epoch = [], training.epochs(t), t.method.start_epoch
     def spy(t, feats): seen.append((t.epoch, t.labels, all(torch.equal(v, fresh[k]) for k, v in t.model.state_dict().items()))); start_epoch(t, feats)
