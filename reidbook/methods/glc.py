@@ -258,7 +258,7 @@ def correct_labels(features,  # N x D, all images, numpy or torch
     if result.note: warnings.warn(f"correct_labels: {result.note}")
     return result.labels
 
-# %% ../../nbs/14_methods.glc.ipynb #0083abcd
+# %% ../../nbs/14_methods.glc.ipynb #0085abcd
 SCHEDULES = {  # (source, target): what the authors ran; no source: fully unsupervised. Epochs count from 0
     ("", "market1501"): dict(both=dict(glc_start=5), glc=dict(), restart=dict(glc_restart=20, glc_restart_lr=4e-4, glc_restart_step=10)),
     ("", "msmt17"): dict(both=dict(), glc=dict(glc_start=12, glc_interval=6), restart=dict()),
@@ -266,14 +266,14 @@ SCHEDULES = {  # (source, target): what the authors ran; no source: fully unsupe
     ("market1501", "msmt17"): dict(both=dict(), glc=dict(glc_start=5), restart=dict()),
 }
 
-# %% ../../nbs/14_methods.glc.ipynb #0084abcd
+# %% ../../nbs/14_methods.glc.ipynb #0086abcd
 def schedule(target, source="", kind="both"):
     "Settings of the plug for a data set or a direction: correction with a restart (`both`), without (`glc`), or the restart alone."
     if kind not in ("both", "glc", "restart"): raise ValueError(f"kind {kind!r}: expected both, glc or restart")
     off = dict(both={}, glc=dict(glc_restart=-1), restart=dict(glc_start=-1))[kind]
     return GLC.settings | SCHEDULES.get((source, target), {}).get(kind, {}) | off
 
-# %% ../../nbs/14_methods.glc.ipynb #0085abcd
+# %% ../../nbs/14_methods.glc.ipynb #0087abcd
 class GLC(Plug):
     "Correct the labels of any method at chosen epochs; start the network afresh once, on corrected labels (Yan et al. 2022, as released)."
     settings = dict(glc_start=10, glc_interval=5,      # first epoch (from 0) with a correction, -1: none; epochs between two
@@ -313,7 +313,7 @@ class GLC(Plug):
         found, self.found = self.found, {}
         return found
 
-# %% ../../nbs/14_methods.glc.ipynb #0086abcd
+# %% ../../nbs/14_methods.glc.ipynb #0088abcd
 class Corrected(Baseline):
     "Cluster Contrast with the plug."
     settings = Baseline.settings | dict(correct="glc")
