@@ -567,7 +567,7 @@ def check_site(folder, root=None) -> list:  # "page: problem", empty when all is
     nbs = book_root(root) / "nbs"
     wanted = [f for _, f in reading_order(present(read_config(nbs.parent)["website"]["sidebar"]["contents"], nbs)[0])]
     pages = {str(p.relative_to(folder)) for p in folder.rglob("*.html")}
-    names = {f: {page_address(f), page_address(re.sub(r"^\d+_", "", f))} for f in wanted + [page for page, _ in finished_runs(nbs)[0]]}
+    names = {f: {page_address(f), page_address(re.sub(r"^\d+[a-z]?_", "", f))} for f in wanted + [page for page, _ in finished_runs(nbs)[0]]}
     return problems + [f"{f}: not in the site" for f, either in names.items() if not either & pages]
 
 # %% ../nbs/24_site.ipynb #0113abcd
