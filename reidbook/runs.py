@@ -161,7 +161,7 @@ def begin(dataset, method, seed=1, root=None, device="auto", out=None, settings=
 def open_state(run, root):
     "The training state of a described run."
     return training.start(run.dataset, run.method, run.settings, run.identity["seed"], run.out, run.device, cache=data_root(root) / ".cache",
-                          store=run.out.parent / "stages", identity={k: run.identity[k] for k in ("code", "data")})
+                          store=run.out.parent / "stages", identity={k: run.identity[k] for k in ("code", "data")} | {k: run.identity["settings"].get(k) for k in FILES})  # files by content
 
 # %% ../nbs/20_runs.ipynb #0033abcd
 def follower(*words):

@@ -125,7 +125,7 @@ RUN_FIELDS = ("title", "dataset", "method", "seed", "mAP")
 def finished_runs(nbs):  # list of (page name, front matter), list of (folder name, why it is left out)
     "Runs that may be shown, and those that may not."
     good, left_out = [], []
-    for folder in sorted(p for p in (Path(nbs) / "runs").glob("*") if p.is_dir() and not p.name.startswith(".")):
+    for folder in sorted(p for p in (Path(nbs) / "runs").glob("*") if p.is_dir() and p.name != "stages" and not p.name.startswith(".")):
         try:
             status = json.loads((folder / "manifest.json").read_text()).get("status")
             if status != "done": raise ValueError(f"its status is {status!r}")

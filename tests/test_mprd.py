@@ -265,7 +265,7 @@ def test_without_its_parts_it_is_cluster_contrast_with_the_hardest_update(tiny):
     assert [r["loss"] for r in mine] == pytest.approx([r["loss"] for r in base], abs=1e-4)
     assert np.array_equal(a.labels, b.labels)
     p, q = (torch.nn.utils.parameters_to_vector(t.model.parameters()) for t in (a, b))
-    assert (p - q).abs().mean() < 1e-5  # Adam turns rounding into whole steps where a gradient is almost zero
+    assert (p - q).abs().mean() < 1e-6 and (p - q).abs().max() < 1e-3  # Adam turns rounding into steps of up to lr where a gradient is almost zero
     _, r = trained(tiny, **SHORT | dict(epochs=1), **off | dict(alpha=0.2))
     assert abs(r[0]["loss"] - base[0]["loss"]) > 1e-3
 
