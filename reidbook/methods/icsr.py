@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGE_TWO', 'METHOD', 'node_scores', 'information_nodes', 'need_cameras', 'refine_labels', 'pace', 'count_removed',
-           'local_count', 'silhouette', 'local_clusters', 'Contrast', 'CameraStage', 'train_camera', 'devices',
-           'camera_settings', 'camera_labels', 'global_clusters', 'ICSR']
+           'local_count', 'silhouette', 'local_clusters', 'CameraStage', 'train_camera', 'devices', 'camera_settings',
+           'camera_labels', 'global_clusters', 'ICSR']
 
 # %% ../../nbs/12_methods.icsr.ipynb #0003abcd
 import math
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .. import training
 from ..clustering import agglomerative, dbscan, infomap, min_similarity
 from ..data import Dataset
-from ..memory import ClusterMemory, prototypes
+from .baseline import Baseline
 from ..neighbors import jaccard_similarity, knn
 from ..noise import noise_kinds
 
@@ -137,20 +137,7 @@ def local_clusters(feats,       # n x D features of one camera's images
     return labels, silhouette(sim, labels)
 
 # %% ../../nbs/12_methods.icsr.ipynb #0071abcd
-class Contrast(training.Method):
-    "Prototypes, InfoNCE against them, and the batch written into them: what both stages train with."
-    def start_epoch(self, t, feats):
-        s = t.settings
-        self.memory = ClusterMemory(prototypes(feats.global_, t.labels), s.momentum, s.temperature, s.update).to(t.device)
-
-    def loss(self, t, batch):
-        batch.feats = t.model(batch.images)[0]
-        return {"memory": self.memory(batch.feats, batch.labels)}
-
-    def after_step(self, t, batch): self.memory.update(batch.feats, batch.targets)
-
-# %% ../../nbs/12_methods.icsr.ipynb #0073abcd
-class CameraStage(Contrast):
+class CameraStage(Baseline):
     "Stage 1 for one camera: average linkage each epoch; keeps the labels of the epoch whose clusters were best separated."
     def __init__(self): self.best, self.silhouettes = None, []
 
@@ -165,7 +152,7 @@ class CameraStage(Contrast):
     def state(self): return {"best": torch.from_numpy(self.best), "silhouettes": self.silhouettes}
     def load_state(self, t, state): self.best, self.silhouettes = state["best"].numpy(), state["silhouettes"]
 
-# %% ../../nbs/12_methods.icsr.ipynb #0075abcd
+# %% ../../nbs/12_methods.icsr.ipynb #0073abcd
 def train_camera(t,         # the run's state
                  rows,      # the camera's images
                  settings,  # of stage 1
@@ -177,13 +164,13 @@ def train_camera(t,         # the run's state
     for _ in training.epochs(one): pass
     return {"labels": torch.from_numpy(one.method.best), "silhouettes": one.method.silhouettes}
 
-# %% ../../nbs/12_methods.icsr.ipynb #0077abcd
+# %% ../../nbs/12_methods.icsr.ipynb #0075abcd
 def devices(device) -> list:
     "The devices that may share stage 1: all GPUs when the run is on an unnumbered one, else just its own."
     if device.type == "cuda" and device.index is None: return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     return [device]
 
-# %% ../../nbs/12_methods.icsr.ipynb #0078abcd
+# %% ../../nbs/12_methods.icsr.ipynb #0076abcd
 STAGE_TWO = {"eps", "min_samples", "eval_every", "correct"}  # settings of the loop that stage 1 does not use
 
 def camera_settings(s) -> dict:
@@ -192,7 +179,7 @@ def camera_settings(s) -> dict:
         epochs=s.camera_epochs, iterations=s.camera_iterations, lr_step=s.camera_epochs, clusters=s.camera_clusters, momentum=s.camera_momentum,
         temperature=s.temperature, update=s.update, eval_every=s.camera_epochs, correct="")
 
-# %% ../../nbs/12_methods.icsr.ipynb #0080abcd
+# %% ../../nbs/12_methods.icsr.ipynb #0078abcd
 def camera_labels(t) -> np.ndarray:
     "Stage 1: N local labels, camera by camera, each trained once and found again by `training.stage`; several GPUs take a camera each."
     settings, free, opening = camera_settings(t.settings), SimpleQueue(), Lock()
@@ -208,7 +195,7 @@ def camera_labels(t) -> np.ndarray:
         for rows, result in tqdm((map if len(places) == 1 else pool.map)(one, cams), "stage 1: cameras", len(cams), leave=False): labels[rows] = result["labels"].numpy()
     return labels
 
-# %% ../../nbs/12_methods.icsr.ipynb #0082abcd
+# %% ../../nbs/12_methods.icsr.ipynb #0080abcd
 def global_clusters(feats,  # N x D
                     s,      # the run's settings
                     how,    # infomap, agglomerative or dbscan
@@ -218,10 +205,11 @@ def global_clusters(feats,  # N x D
     if how == "agglomerative": return agglomerative(jaccard_similarity(feats, s.k1, s.k2), s.n_clusters or max(2, len(feats) // 20))
     return dbscan(jaccard_similarity(feats, s.k1, s.k2, min_similarity=min_similarity(s.eps)), s.eps, s.min_samples)
 
-# %% ../../nbs/12_methods.icsr.ipynb #0083abcd
-class ICSR(Contrast):
+# %% ../../nbs/12_methods.icsr.ipynb #0081abcd
+class ICSR(Baseline):
     "Cluster Contrast on global clusters from which each camera's own clusters have struck out what does not belong (Li et al. 2023)."
-    settings = dict(batch_size=64, instances=4, bn_group_size=16, temperature=0.05, momentum=0.1, update="mean",
+    settings = Baseline.settings | dict(
+                    batch_size=64, instances=4, bn_group_size=16,
                     clustering="infomap",               # global clusters: infomap, agglomerative or dbscan
                     knn=15, min_similarity=0.5, min_size=5,  # the kNN graph of scores and Infomap; smaller Infomap clusters become outliers
                     n_clusters=0,                       # of agglomerative; 0: one for every 20 images
