@@ -1,5 +1,6 @@
 "PPLR against the released implementation's vectors, an independent float64 recomputation of two training steps, and real replicas."
 import copy
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from torch import nn
 from numpy.testing import assert_allclose, assert_array_equal
 
-from reidbook import training
+from reidbook import runs, training
+from reidbook.cli import main
 from reidbook.clustering import dbscan, min_similarity
 from reidbook.data import open_dataset
 from reidbook.memory import prototypes, soft_triplet_loss
@@ -374,6 +376,21 @@ def test_released_checkpoint_loads_whole(saved, tmp_path, tiny, module):
     images = torch.rand(2, 3, 64, 32)
     with torch.no_grad(): assert torch.equal(t.model.eval()(images)[0], saved(images)[0])
     assert query.parts.shape[1:] == (3, 512) and 0 < evaluation.mAP < 1
+
+
+def test_released_checkpoint_through_the_command(saved, root, tmp_path, monkeypatch):
+    "`reidbook run --eval-only` on such a file, through papermill: the mAP is that of the notebook's way."
+    monkeypatch.setattr(runs, "runs_dir", lambda: tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": released(saved, "module."), "epoch": 50, "best_mAP": np.float64(0.815)}, "model_best.pth.tar")
+    words = f"run --dataset synthetic-tiny --method pplr --root {root} --weights model_best.pth.tar --eval-only -p backbone=resnet18 -p pooling=avg"
+    assert main(words.split()) == 0
+    [out] = (tmp_path / "runs").iterdir()
+    manifest = json.loads((out / "manifest.json").read_text())
+    settings = training.resolve(PPLR, "synthetic-tiny", backbone="resnet18", pooling="avg", weights="model_best.pth.tar")
+    evaluation, _, _ = training.test(training.start(open_dataset("synthetic-tiny", root), PPLR, settings, seed=1, device="cpu"))
+    assert manifest["eval_only"] and manifest["epochs"] == 0
+    assert_allclose(manifest["metrics"]["mAP"], evaluation.mAP, atol=1e-5)
 
 
 def test_released_checkpoint_is_strict(saved, tmp_path):
