@@ -121,6 +121,32 @@ def test_ending(path):
     assert re.search(r"^1\. ", exercises.strip(), re.M)
 
 
+def numbers(found): return [int(n) for some in found for n in some.split(" and ")]
+
+
+def unanswered(stem, page, solutions):
+    "Exercises of a page (its text) without an answer in the texts of the solutions, and answers without an exercise."
+    exercises = numbers(re.findall(r"^(\d+)\. ", page.split("## Exercises")[1].split("\n## ")[0], re.M))
+    head = f"{stem.split('_')[0]} {re.match('# (.+)', page)[1]}"
+    parts = re.findall(rf"^## {re.escape(head)}$(.*?)(?=^## |\Z)", "\n\n".join(solutions), re.M | re.S)
+    answers = numbers(re.findall(r"^\*\*(\d+(?: and \d+)*)\.\*\*", "\n".join(parts), re.M))
+    return [f"{stem}: no answer to exercise {n}" for n in exercises if n not in answers] + [f"{stem}: answer {n} to no exercise, or twice" for n in answers if n not in exercises or answers.count(n) > 1]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_every_exercise_is_answered(path):
+    assert unanswered(path.stem, prose(path), [prose(p) for p in PAGES if p.stem.startswith("solutions")]) == []
+
+
+@pytest.mark.parametrize("answers, problems", [
+    ("## 07 Toy\n\n**1 and 2.** Yes.", []), ("## 07 Toy\n\n**1.** Yes.", ["no answer to exercise 2"]), ("## 08 Toy\n\n**1 and 2.** Yes.", ["no answer to exercise 1", "no answer to exercise 2"]),
+    ("## 07 Toy\n\n**1.** Yes.\n\n**2.** No.\n\n**3.** Perhaps.", ["answer 3 to no exercise, or twice"]),
+])
+def test_missing_answers_are_found(answers, problems):
+    page = "# Toy\n\n> A page\n\n## Exercises\n\n1. Is it?\n2. Why?\n\n## References\n\n1. Nobody."
+    assert unanswered("07_toy", page, ["# Solutions", answers]) == [f"07_toy: {p}" for p in problems]
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_figures_have_captions(path):
     "A cell that shows a picture says what to see in it, and says it again for those who do not see it."
