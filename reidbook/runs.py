@@ -317,7 +317,7 @@ def publish(source, target, manifest):
     import nbformat
     nb = nbformat.read(source, as_version=4)
     p, m = manifest["parameters"], manifest["metrics"]
-    title = f"{p['dataset']} · {p['method']} · seed {p['seed']}" + (" · evaluation only" if manifest["eval_only"] else "")
+    title = " · ".join([p["dataset"], p["method"], *(f"{k}={str(v).split('/')[-1]}" for k, v in p["settings"].items()), f"seed {p['seed']}", *["evaluation only"] * manifest["eval_only"]])
     front = {"title": title, "description": f"Executed run {manifest['run_id']}", **{k: p[k] for k in ("dataset", "method", "seed")},
              **{k: round(100 * m[k], 1) for k in ("mAP", "rank1") if k in m}, "minutes": round(manifest["seconds"] / 60, 1),
              "date": manifest["finished"][:10], "categories": [p["dataset"], p["method"]], "skip_exec": True}
@@ -385,7 +385,7 @@ def ledger_row(m) -> dict:
 def results_table(table,          # from `ledger`
                   ) -> pd.DataFrame:
     "Mean and standard deviation over seeds, in percent, for every data set, method and set of changed settings."
-    def cell(x): return "–" if x.isna().all() else f"{100 * x.mean():.1f}" + (f" ± {100 * x.std():.1f}" if len(x) > 1 else "")
+    def cell(x): return "–" if x.isna().all() else f"{100 * x.mean():.1f}" + (f"\u00a0±\u00a0{100 * x.std():.1f}" if len(x) > 1 else "")
     table = table.reindex(columns=table.columns.union(["mAP", "rank1"], sort=False))  # data without a test has neither
     groups = table.groupby(["dataset", "method", "settings"], sort=False)
     out = [{"data set": d, "method": m + ("" if s == "{}" else f" {s}"), "runs": len(g), "mAP": cell(g.mAP), "rank-1": cell(g.rank1),
