@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CODE', 'RUN_FIELDS', 'SCRIPT', 'ACCENTS', 'INLINE', 'TEMPLATE', 'MACHINE', 'book_root', 'read_config', 'present',
-           'reading_order', 'options', 'first_sentence', 'has_picture', 'link_chapters', 'BookPage', 'front_matter',
-           'finished_runs', 'process_notebooks', 'prepare', 'render_quarto', 'mathml', 'untex', 'read_bib',
-           'short_citation', 'full_citation', 'cite_html', 'figure_html', 'markdown_html', 'output_html', 'code_html',
-           'cell_html', 'heading_id', 'page_address', 'finish_html', 'sidebar_html', 'way_html', 'facts_html',
-           'listing_html', 'read_page', 'picture_saver', 'render_page', 'render_plain', 'replace_folder', 'build_site',
-           'readme_text', 'readme_prose', 'readme_output', 'make_readme', 'parse_errors', 'check_link', 'check_page',
-           'check_site', 'check_cells', 'check_notebook', 'check_sources']
+           'reading_order', 'options', 'first_sentence', 'has_picture', 'is_progress', 'shorten', 'link_chapters',
+           'BookPage', 'front_matter', 'finished_runs', 'process_notebooks', 'prepare', 'render_quarto', 'mathml',
+           'untex', 'read_bib', 'short_citation', 'full_citation', 'diagram_html', 'cite_html', 'figure_html',
+           'markdown_html', 'output_html', 'code_html', 'cell_html', 'heading_id', 'page_address', 'finish_html',
+           'sidebar_html', 'way_html', 'facts_html', 'listing_html', 'read_page', 'picture_saver', 'render_page',
+           'render_plain', 'replace_folder', 'build_site', 'readme_text', 'readme_prose', 'readme_output',
+           'make_readme', 'parse_errors', 'check_link', 'check_page', 'check_site', 'check_cells', 'check_notebook',
+           'check_sources']
 
 # %% ../nbs/24_site.ipynb #0003abcd
 import html, importlib.util, json, os, re, shutil, subprocess, sys, unicodedata
@@ -62,10 +63,11 @@ CODE = re.compile(r"^(?P<f>`{3,}|~{3,}).*?^(?P=f)[ \t]*$|(?<=\n\n)(?: {4}[^\n]*(
                   r"|(?P<t>`+)[^`].*?(?P=t)(?!`)", re.M | re.S)
 
 def options(source: str):  # dict of options, source without them
-    "Quarto's `#| key: value` lines at the head of a cell."
+    "Quarto's `#| key: value` lines at the head of a cell, together one piece of YAML; ValueError shows what is none."
     head = re.match(r"(?:#\|[^\n]*(?:\n|$))*", source)[0]
-    pairs = (line[2:].partition(":") for line in head.splitlines() if ":" in line)
-    return {k.strip(): yaml.safe_load(v) for k, _, v in pairs}, source[len(head):].strip("\n")
+    lines = "\n".join(line[2:].removeprefix(" ") for line in head.splitlines() if re.match(r"#\|\s*[\w-]+:\s", line + " "))
+    try: return yaml.safe_load(lines) or {}, source[len(head):].strip("\n")
+    except yaml.YAMLError: raise ValueError(f"the options are not YAML (quote a text with a colon): {lines[:80]}") from None
 
 def first_sentence(text: str) -> str:
     "The first sentence of a markdown text, without its marks."
@@ -77,6 +79,17 @@ def has_picture(cell) -> bool:
     return any(k.startswith("image/") for o in cell.get("outputs", []) for k in o.get("data", {}))
 
 # %% ../nbs/24_site.ipynb #0019abcd
+def is_progress(output) -> bool:
+    "Is an output a progress bar? Once it has stopped it says nothing."
+    return bool(re.search(r"\d+%\|.*\| *\d+/\d+", str(output.get("data", {}).get("text/plain", ""))))
+
+def shorten(cell):
+    "Take rule and signature off what nbdev's `show_doc` shows: heading and sentence stay."
+    for output in cell.get("outputs", []):
+        text = "".join(output.get("data", {}).get("text/markdown", ""))
+        if text: output["data"]["text/markdown"] = re.sub(r"\A\s*---\n+(#+ [^\n]*\n+)```python\n.*?^```\n*", r"\1", text, flags=re.M | re.S)
+
+# %% ../nbs/24_site.ipynb #0023abcd
 def link_chapters(text: str, path) -> str:
     "Chapters named in code quotes become links, if they lie beside the notebook at `path`."
     def link(m): return f"[{m[0]}]({m[1]}.ipynb)" if path and (Path(path).parent / f"{m[1]}.ipynb").is_file() else m[0]
@@ -88,16 +101,17 @@ class BookPage:
 
     def begin(self):
         self.nb.cells = [c for c in self.nb.cells if "default_exp" not in (getattr(c, "directives_", None) or {})]
-        cells, out = self.nb.cells, []
+        cells, out, shown = self.nb.cells, [], 0
+        exported = lambda before: any("export" in (getattr(c, "directives_", None) or {}) for c in before)
         for n, cell in enumerate(cells):
             if cell.cell_type == "markdown":
                 cell.source = link_chapters(re.sub(r"^```mermaid\b", "```{mermaid}", cell.source, flags=re.M), getattr(self.nb, "path_", None))
-            if cell.cell_type == "code": self.describe(cell, cells[n + 1:n + 2])
-            at = len(out)
-            documentation = cell.pop("has_sd", 0)
-            while documentation and at and "export" in (getattr(out[at - 1], "directives_", None) or {}): at -= 1
-            if at < len(out): out.insert(at, cell)
-            else: out.append(cell)
+            if cell.cell_type == "code":
+                self.describe(cell, cells[n + 1:n + 2])
+                cell.outputs = [o for o in cell.get("outputs", []) if not is_progress(o)]
+            shown = shown + 1 if cell.pop("has_sd", 0) and (shown or exported(out[-1:])) else 0  # they come behind their code, the last name first
+            if shown: shorten(cell)
+            out.insert(len(out) - shown, cell)
         self.nb.cells = out
 
     def describe(self, cell, following):
@@ -108,7 +122,7 @@ class BookPage:
         alt = str(known.get("fig-cap") or prose or "Figure made by the cell above")
         cell.source = f"#| fig-alt: {json.dumps(alt, ensure_ascii=False)}\n{cell.source}"
 
-# %% ../nbs/24_site.ipynb #0025abcd
+# %% ../nbs/24_site.ipynb #0029abcd
 def front_matter(cells):  # the notebook's cells
     "Front matter and the other cells. Raw YAML first, else the H1 and the `>` line of the first markdown cell."
     if not cells: return {}, []
@@ -119,7 +133,7 @@ def front_matter(cells):  # the notebook's cells
     m = re.match(r"#\s+(.+)(?:\s*\n>\s*(.+))?", first.source)
     return ({"title": m[1].strip(), **({"description": m[2].strip()} if m[2] else {})} if m else {}), list(cells)
 
-# %% ../nbs/24_site.ipynb #0028abcd
+# %% ../nbs/24_site.ipynb #0032abcd
 RUN_FIELDS = ("title", "dataset", "method", "seed", "mAP")
 
 def finished_runs(nbs):  # list of (page name, front matter), list of (folder name, why it is left out)
@@ -136,7 +150,7 @@ def finished_runs(nbs):  # list of (page name, front matter), list of (folder na
         except (ValueError, AttributeError, nbformat.reader.NotJSONError) as e: left_out.append((folder.name, str(e)))
     return good, left_out
 
-# %% ../nbs/24_site.ipynb #0035abcd
+# %% ../nbs/24_site.ipynb #0039abcd
 SCRIPT = """if __name__ == "__main__":
     import sys
     from nbdev.serve import proc_nbs
@@ -155,7 +169,7 @@ def process_notebooks(root, skip=()) -> Path:  # `skip`: names of folders to lea
                                          f"{done.stderr[-2000:]}")
     return Path(root) / "_proc"
 
-# %% ../nbs/24_site.ipynb #0037abcd
+# %% ../nbs/24_site.ipynb #0041abcd
 def prepare(root):  # folder _proc, its configuration, what was left out and why
     "Everything a renderer needs in `_proc/`: processed notebooks and `_quarto.yml` without what is absent."
     left_out = finished_runs(Path(root) / "nbs")[1]
@@ -174,14 +188,14 @@ def prepare(root):  # folder _proc, its configuration, what was left out and why
     notes += [f"{name} is in _quarto.yml but not in nbs: left out" for name in missing]
     return proc, config, notes + [f"{name} is not in the sidebar: add it to _quarto.yml" for name in extra]
 
-# %% ../nbs/24_site.ipynb #0039abcd
+# %% ../nbs/24_site.ipynb #0043abcd
 def render_quarto(proc: Path, config: dict, quarto) -> Path:  # the folder of finished pages
     "Let Quarto render `_proc/`; its last words are in the error when it fails."
     done = subprocess.run([str(quarto), "render"], cwd=proc, capture_output=True, text=True)
     if done.returncode: raise ValueError(f"quarto render failed with exit code {done.returncode}:\n{(done.stdout + done.stderr)[-1500:]}")
     return proc / config["project"]["output-dir"]
 
-# %% ../nbs/24_site.ipynb #0041abcd
+# %% ../nbs/24_site.ipynb #0045abcd
 def mathml(tex: str, block=False) -> str:
     "A formula as MathML; as TeX in a code element when latex2mathml is missing or cannot read it."
     try:
@@ -190,7 +204,7 @@ def mathml(tex: str, block=False) -> str:
     except Exception:  # latex2mathml has a dozen error types and no common base
         return f'<code class="tex">{html.escape(tex.strip())}</code>'
 
-# %% ../nbs/24_site.ipynb #0044abcd
+# %% ../nbs/24_site.ipynb #0048abcd
 ACCENTS = {'"': "\u0308", "'": "\u0301", "`": "\u0300", "^": "\u0302", "~": "\u0303", "v": "\u030c", "c": "\u0327", "=": "\u0304", "u": "\u0306"}
 
 def untex(text: str) -> str:
@@ -198,7 +212,7 @@ def untex(text: str) -> str:
     text = re.sub(r"""\{?\\(["'`^~=]|[vcu](?=[ {]))\s*\{?\\?([A-Za-z])\}?\}?""", lambda m: unicodedata.normalize("NFC", m[2] + ACCENTS[m[1]]), text)
     return re.sub(r"\s+", " ", text.replace("\\&", "&").replace("--", "–").replace("{", "").replace("}", "")).strip()
 
-# %% ../nbs/24_site.ipynb #0046abcd
+# %% ../nbs/24_site.ipynb #0050abcd
 def read_bib(text: str) -> dict:  # key -> dict of fields
     "A BibTeX file: entries with fields in braces or quotes."
     entries = {}
@@ -207,7 +221,7 @@ def read_bib(text: str) -> dict:  # key -> dict of fields
         entries[key] = {"kind": kind.lower(), **{k.lower(): untex(a or b or c) for k, a, b, c in fields}}
     return entries
 
-# %% ../nbs/24_site.ipynb #0049abcd
+# %% ../nbs/24_site.ipynb #0053abcd
 def short_citation(entry: dict) -> str:
     "`Zhong et al. 2017`."
     names = [n.split(",")[0] if "," in n else n.split()[-1] for n in entry.get("author", entry.get("title", "?")).split(" and ")]
@@ -223,7 +237,18 @@ def full_citation(entry: dict) -> str:
     text = html.escape(f"{who} ({entry.get('year', 'n.d.')}). {entry.get('title', '')}. {where}.".replace("..", "."))
     return text + (f' <a href="{html.escape(address)}">{html.escape(address.removeprefix("https://"))}</a>' if address else "")
 
-# %% ../nbs/24_site.ipynb #0052abcd
+# %% ../nbs/24_site.ipynb #0056abcd
+def diagram_html(source: str) -> str:
+    "A mermaid flowchart as a list: the words of its boxes, with arrows between them."
+    words = dict(re.findall(r"(\w+)[\[({]+(.+?)[\])}]+", source))
+    def path(line):
+        boxes = re.split(r"\s*(?:--\s+([^>]*?)\s+)?-->\s*", line.strip())  # a box, what the arrow says, a box, ...
+        names = [re.match(r"\w+", b)[0] for b in boxes[::2]]
+        arrows = [f" – {said} → " if said else " → " for said in boxes[1::2]]
+        return "".join(words.get(n, n) + a for n, a in zip(names, [*arrows, ""]))
+    return '<ul class="diagram">' + "".join(f"<li>{html.escape(path(line))}</li>" for line in source.splitlines() if "-->" in line) + "</ul>"
+
+# %% ../nbs/24_site.ipynb #0059abcd
 INLINE = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?=\S)(?P<math>[^$\n]*?\S|\S)\$(?![\d$])|\[(?P<cite>[^\[\]]*@[\w:-]+[^\[\]]*)\](?!\()"
                     r"|\[\]\{#(?P<anchor>[\w.-]+)\}"
                     r"|^!\[(?P<caption>[^\[\]]*)\]\((?P<src>[^)\s]+)\)(?:\{(?P<attributes>[^}]*)\})?[ \t]*$", re.S | re.M)
@@ -261,13 +286,13 @@ def markdown_html(text: str, bib={}, cited=None) -> str:
         parts += [INLINE.sub(one, text[at:code.start()]), code[0]]
         at = code.end()
     text = "".join([*parts, INLINE.sub(one, text[at:])])
-    text = re.sub(r"^```\{mermaid\}\n(.*?)^```", lambda m: keep(f'<pre class="diagram">{html.escape(m[1])}</pre>'), text, flags=re.M | re.S)
+    text = re.sub(r"^```\{mermaid\}\n(.*?)^```", lambda m: keep(diagram_html(m[1])), text, flags=re.M | re.S)
     text = re.sub(r"^:::+ *\{?\.?([\w-]+).*$", r'\n<div class="\1">\n', re.sub(r"^:::+ *$", "\n</div>\n", text, flags=re.M), flags=re.M)
     out = markdown2html(text)
     for _ in range(2): out = re.sub(r"KEEP(\d+)KEPT", lambda m: kept[int(m[1])], out)
-    return re.sub(r"<p>((?:<span id=[^>]*></span>\s*)+|<pre class=\"diagram\">.*?</pre>|<figure.*?</figure>)</p>", r"\1", out, flags=re.S)
+    return re.sub(r"<p>((?:<span id=[^>]*></span>\s*)+|<ul class=\"diagram\">.*?</ul>|<figure.*?</figure>)</p>", r"\1", out, flags=re.S)
 
-# %% ../nbs/24_site.ipynb #0056abcd
+# %% ../nbs/24_site.ipynb #0063abcd
 def output_html(output, save,  # save(bytes, suffix) -> address of the file
                 alt: str, bib={}, cited=None) -> str:
     "One output of a cell."
@@ -284,7 +309,7 @@ def output_html(output, save,  # save(bytes, suffix) -> address of the file
     if "text/latex" in data: return mathml(data["text/latex"].strip("$ \n"), True)
     return f'<pre>{html.escape(strip_ansi(data["text/plain"]))}</pre>' if "text/plain" in data else ""
 
-# %% ../nbs/24_site.ipynb #0059abcd
+# %% ../nbs/24_site.ipynb #0066abcd
 def code_html(source: str) -> str:
     "Highlighted Python."
     from nbconvert.filters import Highlight2HTML
@@ -304,7 +329,7 @@ def cell_html(cell, save, bib={}, cited=None) -> str:
         shown = f'<figure{name}>{shown}<figcaption>{words}</figcaption></figure>'
     return f'<div class="cell">{"".join(parts)}{shown}</div>'
 
-# %% ../nbs/24_site.ipynb #0061abcd
+# %% ../nbs/24_site.ipynb #0068abcd
 def heading_id(text: str, taken: set) -> str:
     "Pandoc's automatic identifier."
     name = re.sub(r"\s+", "-", re.sub(r"[^\w\s.-]", "", text.lower()).strip())
@@ -313,7 +338,7 @@ def heading_id(text: str, taken: set) -> str:
     taken.add(name := f"{name}-{n}" if n else name)
     return name
 
-# %% ../nbs/24_site.ipynb #0063abcd
+# %% ../nbs/24_site.ipynb #0070abcd
 def page_address(name: str,  # runs/a/run.ipynb
                  meta={},    # its front matter; nbdev names the page of 06_noise.ipynb noise.html there
                  ) -> str:
@@ -336,7 +361,7 @@ def finish_html(body: str, page="", addresses={}):  # html, list of (level, id, 
     body = re.sub(r"<h([1-6])[^>]*>(.*?)</h\1>", heading, body, flags=re.S)
     return re.sub(r'(<a\s[^>]*?href=")([^"]*)"', link, re.sub(r"<style\b.*?</style>", "", body, flags=re.S)), toc
 
-# %% ../nbs/24_site.ipynb #0067abcd
+# %% ../nbs/24_site.ipynb #0074abcd
 def sidebar_html(contents: list, links: dict, here: str, up: str) -> str:  # `links`: file -> (address, title)
     "The reading order as nested lists; `here` is marked."
     def entry(e):
@@ -352,7 +377,7 @@ def way_html(order: list, links: dict, here: str, up: str) -> str:
     before = f'<a href="{up}{links[order[n - 1]][0]}">← {html.escape(links[order[n - 1]][1])}</a>' if n else "<span></span>"
     return before + (f'<a href="{up}{links[order[n + 1]][0]}">{html.escape(links[order[n + 1]][1])} →</a>' if n + 1 < len(order) else "")
 
-# %% ../nbs/24_site.ipynb #0068abcd
+# %% ../nbs/24_site.ipynb #0075abcd
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="generator" content="reidbook.site (plain build: Quarto was not found)"><title>{title} – {site}</title>
@@ -361,7 +386,7 @@ TEMPLATE = """<!DOCTYPE html>
 <input type="checkbox" id="menu"><header><label for="menu">Contents</label><a class="brand" href="{up}index.html">{site}</a>
 <input id="find" type="search" placeholder="Search" aria-label="Search the book"></header>
 <nav class="book" aria-label="Chapters"><div id="found"></div>{sidebar}</nav>
-<main><h1>{title}</h1><p class="subtitle">{description}</p>{facts}
+<main><h1>{title}</h1><p class="subtitle">{subtitle}</p>{facts}
 {body}
 <nav class="way" aria-label="Previous and next">{way}</nav>
 <footer>Plain build, made without Quarto. Drawn people only: no picture of a real person is used in this book.</footer></main>
@@ -369,14 +394,14 @@ TEMPLATE = """<!DOCTYPE html>
 <script>const up = "{up}"</script><script src="{up}search-index.js"></script><script src="{up}plain.js"></script></body></html>
 """
 
-# %% ../nbs/24_site.ipynb #0070abcd
+# %% ../nbs/24_site.ipynb #0077abcd
 def facts_html(meta: dict) -> str:
     "The front matter of a run as a line of facts."
     shown = [k for k in ("dataset", "method", "seed", "mAP", "rank1", "minutes", "date") if meta.get(k) is not None]
     facts = "".join(f"<div><dt>{k}</dt><dd>{html.escape(str(meta[k]))}</dd></div>" for k in shown)
     return f'<dl class="facts">{facts}</dl>' if len(shown) > 1 else ""
 
-# %% ../nbs/24_site.ipynb #0073abcd
+# %% ../nbs/24_site.ipynb #0080abcd
 def listing_html(listing: dict, runs: list) -> str:
     "The results table: the fields of the page's own `listing`, one row per run; plain.js sorts it by a click on a heading."
     fields, names = listing["fields"], listing.get("field-display-names", {})
@@ -390,7 +415,7 @@ def listing_html(listing: dict, runs: list) -> str:
     rows = "".join(f"<tr>{''.join(cell(p, m, f) for f in fields)}</tr>" for p, m in order)
     return f'<div class="table-wrap"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
-# %% ../nbs/24_site.ipynb #0076abcd
+# %% ../nbs/24_site.ipynb #0083abcd
 def read_page(path: Path):  # front matter, cells
     "A staged notebook or Quarto document."
     if path.suffix == ".ipynb": return front_matter(nbformat.read(path, 4).cells)
@@ -409,7 +434,7 @@ def picture_saver(folder: Path, stem: str):
         return name
     return save
 
-# %% ../nbs/24_site.ipynb #0078abcd
+# %% ../nbs/24_site.ipynb #0085abcd
 def render_page(page: str, read: dict, config: dict, bib: dict, out: Path) -> list:  # entries of the search index
     "One page of the plain build; `read`: file -> (front matter, cells)."
     (meta, cells), contents = read[page], config["website"]["sidebar"]["contents"]
@@ -422,9 +447,9 @@ def render_page(page: str, read: dict, config: dict, bib: dict, out: Path) -> li
     if "listing" in meta: body += listing_html(meta["listing"], [(p, m) for p, (m, _) in read.items() if p.startswith("runs/")])
     if cited: body += '<ol class="references">' + "".join(f'<li id="ref-{k}">{full_citation(bib[k])}</li>' for k in cited) + "</ol>"
     headings = "".join(f'<li class="level{l}"><a href="#{i}">{html.escape(t)}</a></li>' for l, i, t in toc)
+    said = html.escape(str(meta.get("description", "")))
     target.write_text(TEMPLATE.format(
-        title=html.escape(links[page][1]),
-        description=html.escape(str(meta.get("description", ""))), up=up, body=body, facts=facts_html(meta),
+        title=html.escape(links[page][1]), description=said.replace("`", ""), subtitle=re.sub("`([^`]+)`", r"<code>\1</code>", said), up=up, body=body, facts=facts_html(meta),
         site=html.escape(config["website"]["title"]), sidebar=sidebar_html(contents, links, page, up),
         way=way_html([f for _, f in reading_order(contents)], links, page, up),
         toc=f"<p>On this page</p><ul>{headings}</ul>" if headings else ""), encoding="utf-8")
@@ -446,7 +471,7 @@ def render_plain(proc: Path, config: dict) -> Path:  # the folder of finished pa
         shutil.copy2(path, out / path.relative_to(proc))
     return out
 
-# %% ../nbs/24_site.ipynb #0080abcd
+# %% ../nbs/24_site.ipynb #0087abcd
 def replace_folder(made: Path, out: Path):
     "Put the folder `made` where `out` is; whoever looks sees the old site or the new one."
     new, old = (out.with_name(f"{out.name}.{what}{os.getpid()}") for what in ("new", "old"))
@@ -455,7 +480,7 @@ def replace_folder(made: Path, out: Path):
     new.rename(out)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/24_site.ipynb #0082abcd
+# %% ../nbs/24_site.ipynb #0089abcd
 def build_site(out=None,     # where the site goes; None: _docs in the checkout
                quarto=None,  # path of Quarto; None: the one on PATH, if any; False: the plain build in any case
                *, root=None, # a folder in the checkout
@@ -474,7 +499,7 @@ def build_site(out=None,     # where the site goes; None: _docs in the checkout
     print(f"site: {len(list(out.rglob('*.html')))} pages, {len(list((proc / 'runs').glob('*/run.ipynb')))} of them runs, in {out.name}/")
     return out
 
-# %% ../nbs/24_site.ipynb #0092abcd
+# %% ../nbs/24_site.ipynb #0099abcd
 def readme_text(proc) -> str:
     "The processed index as plain markdown: outputs inlined, links and pictures relative to the checkout."
     meta, cells = front_matter(nbformat.read(Path(proc) / "index.ipynb", 4).cells)
@@ -499,7 +524,7 @@ def readme_output(output) -> str:
     if "text/markdown" in data: return data["text/markdown"]
     return "```\n" + data["text/plain"].rstrip() + "\n```" if data.get("text/plain") and not has_picture({"outputs": [output]}) else ""
 
-# %% ../nbs/24_site.ipynb #0093abcd
+# %% ../nbs/24_site.ipynb #0100abcd
 def make_readme(root=None) -> Path:
     "Write README.md of the checkout from nbs/index.ipynb."
     root = book_root(root)
@@ -507,7 +532,7 @@ def make_readme(root=None) -> Path:
     path.write_text(readme_text(process_notebooks(root, [name for name, _ in finished_runs(root / "nbs")[1]])), encoding="utf-8")
     return path
 
-# %% ../nbs/24_site.ipynb #0098abcd
+# %% ../nbs/24_site.ipynb #0105abcd
 MACHINE = re.compile(r"(?<![\w.:/~-])/(?:work|tmp|root|home/\w+|Users/\w+|mnt)/[\w.-]+")
 
 def parse_errors(text: str) -> list:
@@ -518,7 +543,7 @@ def parse_errors(text: str) -> list:
     parser.parse(text)
     return [f"line {line}: {code}" for (line, _), code, _ in parser.errors]
 
-# %% ../nbs/24_site.ipynb #0101abcd
+# %% ../nbs/24_site.ipynb #0108abcd
 @lru_cache(maxsize=4096)
 def _anchors(path: Path, _time) -> frozenset:
     "Names in a page that a link can point at."
@@ -537,7 +562,7 @@ def check_link(address: str, page: Path, folder: Path) -> str:  # "" when it is 
         return f"link {address}: no such anchor"
     return ""
 
-# %% ../nbs/24_site.ipynb #0103abcd
+# %% ../nbs/24_site.ipynb #0110abcd
 def check_page(page: Path, folder: Path) -> list:
     "Problems of one HTML page."
     from bs4 import BeautifulSoup
@@ -557,7 +582,7 @@ def check_page(page: Path, folder: Path) -> list:
     problems += [f"{e.get_text()} is not resolved" for e in soup.select(".unresolved, .quarto-unresolved-ref")]
     return problems + [f"path of a machine: {m}" for m in sorted(set(MACHINE.findall(text)))]
 
-# %% ../nbs/24_site.ipynb #0105abcd
+# %% ../nbs/24_site.ipynb #0112abcd
 def check_site(folder, root=None) -> list:  # "page: problem", empty when all is well
     "Check a built site; with `root`, also that it holds every chapter of the reading order and every finished run."
     folder = Path(folder)
@@ -570,11 +595,13 @@ def check_site(folder, root=None) -> list:  # "page: problem", empty when all is
     names = {f: {page_address(f), page_address(re.sub(r"^\d+[a-z]?_", "", f))} for f in wanted + [page for page, _ in finished_runs(nbs)[0]]}
     return problems + [f"{f}: not in the site" for f, either in names.items() if not either & pages]
 
-# %% ../nbs/24_site.ipynb #0113abcd
+# %% ../nbs/24_site.ipynb #0120abcd
 def check_cells(cells) -> list:
     "Problems of the cells of a chapter that nbdev or Quarto would stumble over."
     problems, exported = [], False
     for n, cell in enumerate(cells):
+        try: options(cell.source)
+        except ValueError as e: problems.append(f"cell {n}: {e}")
         lines = [l for l in cell.source.splitlines() if l.strip() and not l.startswith("#")]
         imports = [l for l in lines if re.match(r"(?:import|from)\s", l)]
         if cell.cell_type == "code":
@@ -587,7 +614,7 @@ def check_cells(cells) -> list:
             problems.append(f"cell {n}: a diagram after the first exported function is not drawn")
     return problems
 
-# %% ../nbs/24_site.ipynb #0116abcd
+# %% ../nbs/24_site.ipynb #0123abcd
 def check_notebook(path: Path, nbs: Path, keys: set) -> list:
     "Problems of one notebook: format, title, cells, citations, links."
     try:

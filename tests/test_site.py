@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from reidbook.site import (SCRIPT, build_site, check_cells, check_notebook, check_page, check_site, check_sources, finished_runs, front_matter, heading_id,
-                           markdown_html, options, prepare, present, read_bib, read_config, readme_text, reading_order, render_plain, untex)
+                           is_progress, markdown_html, options, prepare, present, read_bib, read_config, readme_text, reading_order, render_plain, untex)
 
 ROOT = Path(__file__).parents[1]
 RUN = dict(title="baseline on synthetic-tiny", description="A run", dataset="synthetic-tiny", method="baseline", seed=1, mAP=41.25, rank1=60.0, minutes=1.5)
@@ -99,6 +99,41 @@ def test_processed_pages(built):
     assert "class ClusterMemory" in memory[at + 1]  # the code stays, under its documentation
 
 
+def loaded(source):
+    "The `#|` lines of a cell as Quarto reads them: one piece of YAML, or None."
+    head = re.match(r"(?:#\|[^\n]*(?:\n|$))*", source)[0]
+    return yaml.safe_load("\n".join(line[2:].removeprefix(" ") for line in head.splitlines()))
+
+
+def test_front_matter_and_options_are_yaml(built):
+    "As Quarto reads them: nothing of nbdev's is left, every key is one that Quarto knows, every caption is a text and belongs to one picture."
+    for path in (built[0] / "_proc").rglob("*.ipynb"):
+        nb = nbformat.read(path, 4)
+        front = yaml.safe_load(nb.cells[0].source.strip().strip("-"))
+        assert isinstance(front["title"], str) and isinstance(front["description"], str) and front["output-file"].endswith(".html"), path.name
+        for n, cell in enumerate(c for c in nb.cells if c.cell_type == "code"):
+            known = loaded(cell.source) or {}
+            assert isinstance(known, dict) and known == options(cell.source)[0], f"{path.name}, code cell {n}: {known}"
+            assert set(known) <= {"fig-cap", "fig-alt", "echo", "output", "code-fold", "label", "warning"}, f"{path.name}, code cell {n}: {set(known)}"
+            assert all(isinstance(known.get(k, ""), str) for k in ("fig-cap", "fig-alt")), f"{path.name}, code cell {n}"
+            pictures = sum(any(kind.startswith("image/") for kind in o.get("data", {})) for o in cell.outputs)
+            assert "fig-cap" not in known or pictures == 1, f"{path.name}, code cell {n}: a caption for {pictures} pictures"
+
+
+def test_documentation_leads_its_code_without_a_signature_and_progress_bars_are_gone(built):
+    for path in (built[0] / "_proc").glob("*.ipynb"):
+        cells = nbformat.read(path, 4).cells
+        for n, cell in enumerate(cells):
+            assert not [o for o in cell.get("outputs", []) if is_progress(o)], f"{path.name}, cell {n}"
+            if not (m := re.search(r"show_doc\((\w+)\)$", cell.source)) or cell.cell_type != "code" or path.name == "24_site.ipynb": continue
+            assert "```python" not in cell.outputs[0].data["text/markdown"], f"{path.name}: {m[1]}"
+            names = [re.search(r"show_doc\((\w+)\)$", c.source) for c in cells[n:n + 20]]
+            names = [x[1] for x in names[:names.index(None)]]
+            code = cells[n + len(names)].source
+            where = [m.start() for name in names if (m := re.search(rf"^(?:def|class) {name}\b", code, re.M))]
+            assert len(where) == len(names) and where == sorted(where), f"{path.name}: {names} do not stand before their code, or not in its order"
+
+
 def test_listing_and_run_pages(built):
     root, site = built
     results = (site / "results.html").read_text()
@@ -114,6 +149,7 @@ def test_plain_build_says_so_and_needs_no_network(built):
     for page in built[1].rglob("*.html"):
         text = page.read_text()
         assert "Quarto was not found" in text
+        assert "`" not in re.search(r'<p class="subtitle">(.*?)</p>', text)[1], page.name
         assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=[\"']https?:", text), page.name
 
 
@@ -230,6 +266,7 @@ def test_no_checkout(tmp_path):
 @pytest.mark.parametrize("text, inside, outside", [
     ("$a_1$ and $b$", "<math", "$"), ("`$a$`", "<code>$a$</code>", "<math"), ("pay $5 or $6", "$5 or $6", "<math"), ("$$\n\\frac{1}{2}\n$$", 'display="block"', "$$"),
     ("a [x](y.html) b", '<a href="y.html">', "@"), ("    $REIDBOOK_DATA and $HOME", "$REIDBOOK_DATA", "<math"), ("::: {.callout-note}\n*hi*\n:::", "<em>hi</em>", ":::"),
+    ("```{mermaid}\nflowchart LR\n  a[one: 1] -- if it must --> b{two}\n  b --> c[(three)] --> a\n```", "<li>one: 1 – if it must → two</li><li>two → three → one: 1</li>", "--"),
 ])
 def test_markdown(text, inside, outside):
     out = markdown_html(text)
@@ -246,7 +283,8 @@ def test_bibliography_is_complete():
 
 
 def test_small_parts(tmp_path):
-    assert options("#| eval: false\nx") == ({"eval": False}, "x")
+    assert options("#| eval: false\nx") == ({"eval": False}, "x") and options("#| export\n#| hide\nx: int = 1") == ({}, "x: int = 1")
+    with pytest.raises(ValueError, match="quote a text with a colon.*left: right"): options("#| fig-cap: A figure, left: right\nx")
     assert heading_id("Why, then?", {"why-then"}) == "why-then-1"
     assert present([{"section": "A", "contents": ["no.ipynb"]}], tmp_path) == ([], ["no.ipynb"])
     (tmp_path / "broken.ipynb").write_text("{")
