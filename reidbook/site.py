@@ -235,6 +235,7 @@ def full_citation(entry: dict) -> str:
         f"https://doi.org/{entry['doi']}" if "doi" in entry else entry.get("url", "")
     who = entry.get("author", "").replace(" and ", "; ")
     text = html.escape(f"{who} ({entry.get('year', 'n.d.')}). {entry.get('title', '')}. {where}.".replace("..", "."))
+    text = re.sub(r"\$([^$]+)\$", lambda m: mathml(html.unescape(m[1])), text)
     return text + (f' <a href="{html.escape(address)}">{html.escape(address.removeprefix("https://"))}</a>' if address else "")
 
 # %% ../nbs/24_site.ipynb #0056abcd
@@ -254,7 +255,7 @@ INLINE = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?=\S)(?P<math>[^$\n]
                     r"|^!\[(?P<caption>[^\[\]]*)\]\((?P<src>[^)\s]+)\)(?:\{(?P<attributes>[^}]*)\})?[ \t]*$", re.S | re.M)
 
 def cite_html(text: str, bib: dict, cited: list) -> str:
-    "The inside of `[...]` with @keys as links to the reference list; unknown keys stay visible, marked."
+    "The inside of `[...]` with every `@key` as a link to the reference list; unknown keys stay visible, marked."
     def one(m):
         key = m[1]
         if key not in bib: return f'<strong class="unresolved">{key}?</strong>'
@@ -270,7 +271,7 @@ def figure_html(src: str, caption: str, attributes: str, bib={}, cited=None) -> 
     return f'<figure><img src="{html.escape(src)}" alt="{alt}"><figcaption>{words}</figcaption></figure>'
 
 def markdown_html(text: str, bib={}, cited=None) -> str:
-    "Markdown as HTML, with MathML, citations, anchors and Quarto's ::: blocks."
+    "Markdown as HTML, with MathML, citations, anchors and Quarto's `:::` blocks."
     from nbconvert.filters import markdown2html
     text = re.sub(r"(\]\([^)\s]+\))\{(?![^}]*fig-)[^}]*\}", r"\1", text)  # attributes of links are Quarto's
     kept, cited = [], cited if cited is not None else []
