@@ -16,7 +16,7 @@ import torch.nn.functional as F
 def prototypes(feats,   # N x D features, L2-normalised
                labels,  # N labels, int64; -1 is left out
                ) -> np.ndarray:  # C x D float32, unit rows; row c is cluster c
-    "Mean of each cluster's features, L2-normalised (Cluster Contrast, section 3.2)."
+    "Mean of each cluster's features, L2-normalised (Cluster Contrast, section 3.2). ValueError when there is no cluster, or one without a member."
     feats, labels = torch.as_tensor(feats, dtype=torch.float32), torch.as_tensor(labels)
     if len(feats) != len(labels): raise ValueError(f"{len(feats)} features but {len(labels)} labels: one label per row is needed")
     kept = labels >= 0
@@ -58,8 +58,8 @@ def mean_update(memory,    # C x D, unit rows
     return memory
 
 # %% ../nbs/07_memory.ipynb #0035abcd
-def hard_update(memory, feats, targets, momentum):
-    "Per class of the batch, only the item least similar to its row writes (Cluster Contrast's `hard`, MPRD)."
+def hard_update(memory, feats, targets, momentum):  # as `mean_update`
+    "Per class of the batch, only the item least similar to its row writes; gives the new memory, C x D (Cluster Contrast's `hard`, MPRD)."
     sim = (feats * memory[targets]).sum(1).cpu().numpy()
     order = np.lexsort((sim, targets))  # by class, then by similarity; stable, so ties go to the earlier item
     rows = order[np.r_[True, np.diff(targets[order]) != 0]]
