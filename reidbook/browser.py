@@ -33,7 +33,7 @@ def member_values(feats,       # N x D, rows of length 1
                   parts=None,  # N x P x D
                   k=10,        # neighbours for the agreement
                   ) -> pd.DataFrame:  # N rows: distance to the middle of the own cluster (NaN for an outlier), mean agreement of the parts
-    "What can be said about each member of a cluster without knowing who it is."
+    "What can be said about each member of a cluster without knowing who it is. ValueError when the lengths differ."
     feats, labels = as_matrix(feats, "feats"), np.asarray(labels)
     if len(feats) != len(labels): raise ValueError(f"{len(feats)} features but {len(labels)} labels: one of each per image, in the same order")
     distance = np.full(len(labels), np.nan)

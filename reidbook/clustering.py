@@ -131,7 +131,7 @@ def infomap(
     *,
     device="auto",
 ) -> np.ndarray:                                             # N int64 labels, -1 = outlier
-    "Infomap (two-level, directed) on the kNN graph, as in Cluster Contrast; repeatable for one version of the package and one image order."
+    "Infomap (two-level, directed) on the kNN graph, as in Cluster Contrast; repeatable for one version of the package and one image order. ValueError when the package is missing."
     try:
         from infomap import Infomap
     except ImportError:

@@ -255,11 +255,11 @@ def make_table(folder, names, pids=None, cams=None) -> pd.DataFrame:
     return pd.DataFrame({k: v for k, v in columns.items() if v is not None})
 
 def relabel(values) -> np.ndarray:
-    "Distinct values as 0..n-1, in sorted order."
+    "N values of n kinds as N int64 in 0..n-1, in sorted order."
     return np.unique(values, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 def read_split(name, folder, layout, names=None, pattern=None) -> tuple:  # table, list of notes
-    "One split from file names: junk (pid -1) left out, cameras 0-based, odd names skipped and noted."
+    "One split from file names: junk (pid -1) left out, cameras 0-based, odd names skipped and noted. ValueError when nothing fits, or a camera is none of the data set's."
     names = list_images(folder) if names is None else names
     if not names: raise ValueError(f"{name}: no image in {folder}, which holds {_holds(folder)}; was the archive unpacked completely?")
     pids, cams, rows = parse_names(names, pattern or layout.pattern)
@@ -297,7 +297,7 @@ MSMT17_EDITIONS = {"V1": ("train/", "test/", *MSMT17_LISTS), "V1, re-packed": tu
                    "V2, blurred faces": ("mask_train_v2/", "mask_test_v2/", *MSMT17_LISTS)}
 
 def read_list(list_file, present) -> list:  # relative names
-    "The names in a list file (one per line, with or without a label), each inside the data set and in the set `present`."
+    "The names in a list file (one per line, with or without a label), each inside the data set and in the set `present`; ValueError otherwise."
     lines = Path(list_file).read_text("utf-8-sig", "replace").splitlines()
     names = [re.sub(r"\s+-?\d+\s*$", "", line).strip().replace("\\", "/") for line in lines]
     for number, name in enumerate(names, 1):
@@ -349,7 +349,7 @@ def read_luperson(base) -> Dataset:
     return Dataset("luperson", root, train, _no_images(), _no_images(), "CFS subset" if chosen.exists() else "", notes)
 
 def read_folder(base) -> Dataset:
-    "Any folder of images: no ids, no cameras, all of it for training."
+    "Any folder of images: no ids, no cameras, all of it for training. FileNotFoundError without the folder, ValueError without an image."
     base = Path(base)
     if not base.is_dir(): raise FileNotFoundError(f"no folder {base}; pass as root (--root) the folder of your images")
     names = list_images(base)
@@ -382,7 +382,7 @@ def _one_file(base):
     raise FileNotFoundError(f"{len(files)} CSV or parquet files at {base} ({seen}); pass the one to read as root (--root)")
 
 def read_csv(base) -> Dataset:
-    "A CSV or parquet file with the column `path` and, when known, `pid`, `cam`, `split` (train, query, gallery)."
+    "A CSV or parquet file with the column `path` and, when known, `pid`, `cam`, `split` (train, query, gallery). ValueError for a blank or negative id, or a path outside the file's folder."
     file = _one_file(Path(base))
     frame = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file, dtype=str, encoding="utf-8-sig")
     if "path" not in frame: raise ValueError(f"{file}: columns {list(frame.columns)}; expected 'path' and, if known, 'pid', 'cam', 'split'")
@@ -415,7 +415,7 @@ READERS = {**{name: partial(read_layout, name) for name in LAYOUTS}, "msmt17": r
 def open_dataset(name,       # one of READERS, or synthetic-PRESET
                  root=None,  # the data root, see `data_root`; for csv the file, for folder the folder
                  ) -> Dataset:
-    "Open a data set by name."
+    "Open a data set by name. ValueError for an unknown name; FileNotFoundError says what lies where the data was expected."
     base = data_root(root)
     if str(name).startswith("synthetic-"): return read_synthetic(base, name)
     if name not in READERS: raise ValueError(f"unknown data set {name!r}; known: {', '.join(READERS)} and synthetic-PRESET")
@@ -427,7 +427,7 @@ def show_images(images,       # N x 3 x H x W uint8, or paths
                 *, ncols=8, frames=None,  # a colour per image
                 height=1.2,   # of one image, in inches
                 ):  # matplotlib Figure
-    "A contact sheet."
+    "A contact sheet; ValueError without an image."
     import matplotlib.pyplot as plt
     pixels = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
     images = [np.asarray(i).transpose(1, 2, 0) if pixels else np.asarray(open_image(i)) for i in images]
@@ -457,7 +457,7 @@ def open_image(source) -> Image.Image:  # RGB
 
 # %% ../nbs/01_data.ipynb #0061abcd
 def camera_matrix(table) -> pd.DataFrame:  # ids x cameras, number of images
-    "How many images each identity has in each camera."
+    "How many images each identity has in each camera; ValueError when the table lacks either."
     if not {"pid", "cam"} <= set(table): raise ValueError(f"the table has the columns {list(table)}; ids and cameras are both needed")
     return pd.crosstab(table["pid"], table["cam"])
 
@@ -468,7 +468,7 @@ class Pair(NamedTuple):
     target: Dataset
 
 def open_pair(source, target, root=None) -> Pair:
-    "Open two data sets for domain adaptation: names as for `open_dataset`."
+    "Open two data sets for domain adaptation: names as for `open_dataset`. ValueError when they are the same, or the source has no ids."
     if source == target: raise ValueError(f"source and target are both {source!r}; adaptation needs two data sets")
     source, target = open_dataset(source, root), open_dataset(target, root)
     if "pid" not in source.train: raise ValueError(f"the source {source.name!r} has no ids; a labelled source is needed")
@@ -668,7 +668,7 @@ def pk_batches(labels,     # N labels; rows with -1 are never drawn
                prefer_other_cameras=True,  # partners of an image come from other cameras when there are any
                compat=False,  # the released sampler, quirks included
                ):  # endless iterator of int64 arrays, batch_size rows each
-    "Batches of batch_size // instances clusters with `instances` images each, for ever."
+    "Batches of batch_size // instances clusters with `instances` images each, for ever (P x K: Hermans et al. 2017). ValueError when there are too few clusters."
     rows = clusters_of(labels, batch_size, instances)
     cams = None if cams is None else np.asarray(cams)
     if cams is not None and len(cams) != len(labels): raise ValueError(f"{len(labels)} labels, {len(cams)} cameras; expected one per image")
@@ -721,7 +721,7 @@ def _released_batches(labels, cams, batch_size, instances, rng, prefer):
 def group_batches(labels,  # N labels; rows with -1 are never drawn
                   *, batch_size=64, group=64,  # largest number of images of a cluster that stay together
                   rng):  # endless iterator of int64 arrays
-    "Group sampling: each cluster cut into groups of up to `group`, groups shuffled, then full batches shuffled."
+    "Group sampling (Han et al. 2023): each cluster cut into groups of up to `group`, groups shuffled, then full batches shuffled. ValueError when there are fewer labelled images than a batch holds."
     rows, rng = clusters_of(labels, 1, 1), np.random.default_rng(rng)
     n = sum(map(len, rows))
     if n < batch_size: raise ValueError(f"{n} labelled images, but a batch needs {batch_size}: lower batch_size or loosen eps")
@@ -737,7 +737,7 @@ def _group_batches(rows, batch_size, group, rng):
 
 def shard(batches,  # iterator of index arrays, the same in every process
           rank, world_size):
-    "This process's consecutive slice of every global batch; all processes must start from the same seed."
+    "This process's consecutive slice of every global batch; all processes must start from the same seed. ValueError when a batch cannot be cut evenly."
     if not 0 <= rank < world_size: raise ValueError(f"rank {rank} of {world_size} processes; expected 0..{world_size - 1}")
     for batch in batches:
         if len(batch) % world_size: raise ValueError(f"a batch of {len(batch)} cannot be split evenly over {world_size} processes")

@@ -187,7 +187,7 @@ def evaluate(
     """mAP, CMC and mINP (Market-1501 protocol): gallery images of the query's identity *and* camera are ignored.
 
     Nearest first by Euclidean distance (inner product for unit rows). Equal similarities: AP groups them as scikit-learn's
-    average_precision_score does; CMC and mINP count every equally similar wrong image as nearer."""
+    average_precision_score does; CMC and mINP count every equally similar wrong image as nearer. ValueError when shapes do not fit, or no query has anything to find."""
     q, g = as_matrix(query, "query"), as_matrix(gallery, "gallery")
     if q.shape[1] != g.shape[1]: raise ValueError(f"evaluate: query has {q.shape[1]} columns, gallery {g.shape[1]}; use one model.")
     slow = len(q) * len(g) * q.shape[1] > 5e11
@@ -200,7 +200,7 @@ def evaluate_distances(
     *,
     top: int = 100,
 ) -> Evaluation:
-    "`evaluate` for distances that are already there."
+    "`evaluate` for distances that are already there; the same errors."
     d = np.asarray(distances)
     if d.ndim != 2: raise ValueError(f"distances: found shape {d.shape}, expected Q x G.")
     blocks = ((np.arange(a, min(a + 256, len(d))), -d[a:a + 256].astype(np.float32)) for a in range(0, len(d), 256))

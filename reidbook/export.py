@@ -66,7 +66,7 @@ def export_model(model,  # a trained network that gives (global, parts), as ReID
                  size,   # (height, width) of the images it was trained on
                  tolerance=1e-4,  # largest difference of a feature that is accepted
                  ) -> float:      # the largest difference that was found
-    "Write a network with everything around it to one file, and prove that the file gives the same features."
+    "Write a network with everything around it to one file, and prove that the file gives the same features; ValueError when it does not, and no file."
     path, size = Path(path), tuple(size)
     if path.suffix not in WRITERS: raise ValueError(f"{path.name}: expected a name that ends in {' or '.join(WRITERS)}")
     network = Embedder(copy.deepcopy(model).cpu()).eval().requires_grad_(False)

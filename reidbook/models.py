@@ -155,7 +155,7 @@ SCALARS = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") fo
 
 # %% ../nbs/03_models.ipynb #0058abcd
 def read_state(path):
-    "The tensors in a checkpoint file (.safetensors, or a torch file read with `weights_only=True`), `module.` stripped."
+    "Name -> tensor of a checkpoint file (.safetensors, or a torch file read with `weights_only=True`), `module.` stripped; FileNotFoundError without the file."
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f"no weights file at {path}: give the path of a .safetensors, .pth or .pth.tar file")
     if path.suffix == ".safetensors":
@@ -210,7 +210,7 @@ def load_pretrained(model,     # ReIDModel
                     backbone,  # its name in BACKBONES
                     weights,   # "pretrained", "none" or a file: with necks a whole network, else a backbone
                     ) -> str:  # one line that says what was loaded, and which classifiers were left out
-    "Give the network its start: ImageNet for ResNets, the shipped stand-in for `small`, a file, or nothing."
+    "Give the network its start: ImageNet for ResNets, the shipped stand-in for `small`, a file, or nothing. FileNotFoundError without the file, ValueError when it does not fit."
     if weights == "none": return "random initialisation (no pre-training)"
     if weights != "pretrained":
         state = our_names(read_state(weights))

@@ -69,7 +69,7 @@ def full_precision():
         torch.set_float32_matmul_precision(before)
 
 def products(left, right, out):
-    "out = left right^T. Slivers are padded: matrix libraries round those otherwise, and equal rows must get equal products."
+    "out (rows x columns) = left (rows x D) right^T (D x columns). Slivers are padded: matrix libraries round those otherwise, and equal rows must get equal products."
     rows, cols = len(left), len(right)
     if rows >= 16 and cols >= 64: return torch.mm(left, right.T, out=out)
     pad = torch.nn.functional.pad
@@ -251,7 +251,7 @@ def knn(
     *,
     device="auto",                                           # "auto" (GPU where there is one), "cpu", "cuda"
 ):                                                           # (similarities N x k float32, indices N x k int64)
-    """Exact k nearest neighbours by inner product, best first, self included.
+    """Exact k nearest neighbours by inner product, best first, self included. ValueError for k < 1 and for NaN or Inf.
 
     Equal similarities go to the lower index, so among exact copies the row itself may not come first, and with more
     than k copies it may be missing: drop self by index, never by position."""
@@ -500,7 +500,7 @@ def jaccard_similarity(
 ) -> sp.csr_matrix:                                          # N x N float32, entry = 1 - Jaccard distance, absent = 0
     """Jaccard similarity of k-reciprocal encodings (Zhong et al. 2017, as used for clustering since SpCL), never N x N.
 
-    The half-size sets use round-half-even(k1 / 2) + 1 neighbours. With fewer than k1 images, k1 = N."""
+    The half-size sets use round-half-even(k1 / 2) + 1 neighbours. With fewer than k1 images, k1 = N. ValueError for k1 or k2 < 1 and for NaN or Inf."""
     if k1 < 1 or k2 < 1: raise ValueError(f"k1, k2: found {k1}, {k2}, expected at least 1 (the image itself is counted).")
     x = as_matrix(features)
     offsets = _half_norms(x)
@@ -533,7 +533,7 @@ def re_rank(
     *,
     device="auto",
 ) -> np.ndarray:                                             # Q x G float32 distance, smaller = nearer
-    "k-reciprocal re-ranking (Zhong et al. 2017): (1 - lambda) Jaccard + lambda original distance; only Q x G is ever dense."
+    "k-reciprocal re-ranking (Zhong et al. 2017): (1 - lambda) Jaccard + lambda original distance; only Q x G is ever dense. ValueError when the widths differ."
     q, g = as_matrix(query, "query"), as_matrix(gallery, "gallery")
     if q.shape[1] != g.shape[1]: raise ValueError(f"re_rank: query has {q.shape[1]} columns, gallery {g.shape[1]}; use one model for both.")
     x = np.concatenate([q, g])

@@ -39,7 +39,7 @@ class Contingency(NamedTuple):
 def contingency(labels,  # N pseudo labels, -1 = outlier
                 pids,    # N true identities
                 ) -> Contingency:
-    "Count the images of each (cluster, identity) pair; memory grows with the images, never with their square."
+    "Count the images of each (cluster, identity) pair; memory grows with the images, never with their square. ValueError when the lengths differ."
     labels, pids = _ints(labels, "labels"), _ints(pids, "pids")
     if len(labels) != len(pids):
         raise ValueError(f"{len(labels)} labels but {len(pids)} identities: one of each per image, in the same order")
@@ -119,7 +119,7 @@ def noise_kinds(labels,     # N pseudo labels, -1 = outlier
                 pids,       # N true identities
                 cams=None,  # N cameras; without them no camera split is told apart
                 ) -> np.ndarray:  # N strings out of KINDS
-    "Which mistake, if any, each image's label is."
+    "Which mistake, if any, each image's label is. ValueError when the lengths differ."
     t = contingency(labels, pids)
     owner, home = t.identity[_first_max(t.cluster, t.count)], t.cluster[_first_max(t.identity, t.count)]
     owned, at_home = owner[t.cluster] == t.identity, home[t.identity] == t.cluster
@@ -267,7 +267,7 @@ def noise_record(labels, pids, cams=None) -> dict:
 
 # %% ../nbs/06_noise.ipynb #0079abcd
 def plot_clusters_over_epochs(records):  # list of dicts (or a DataFrame), one per epoch: epoch, clusters, outliers, pairwise_precision, ...
-    "Clusters, label precision and recall, and kinds of noise, epoch by epoch. Returns the figure."
+    "Clusters, label precision and recall, and kinds of noise, epoch by epoch. Returns the figure; ValueError when `epoch` or `clusters` is missing."
     table = pd.DataFrame(records)
     if "epoch" not in table or "clusters" not in table:
         raise ValueError(f"records with {sorted(table.columns)}: each needs `epoch` and `clusters`, "
@@ -308,7 +308,7 @@ def show_cluster(paths,      # N image files
                  cluster,    # the label to look at
                  cams=None,
                  top=16):    # at most so many images
-    "The images of one cluster: the owner's framed blue, everybody else's vermillion. Returns the figure."
+    "The images of one cluster: the owner's framed blue, everybody else's vermillion. Returns the figure; ValueError when no image has the label."
     from reidbook.data import show_images
     paths, labels, pids = list(paths), _ints(labels, "labels"), _ints(pids, "pids")
     rows = np.flatnonzero(labels == cluster)
@@ -328,7 +328,7 @@ def show_identity(paths,    # N image files
                   pid,      # the person to look at
                   cams=None,
                   top=16):  # at most so many images
-    "The images of one person by cluster, framed in the colour of their kind of noise. Returns the figure."
+    "The images of one person by cluster, framed in the colour of their kind of noise. Returns the figure; ValueError when there is no such person."
     from reidbook.data import show_images
     paths, labels, kinds = list(paths), _ints(labels, "labels"), noise_kinds(labels, pids, cams)
     rows = np.flatnonzero(_ints(pids, "pids") == pid)

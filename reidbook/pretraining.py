@@ -116,7 +116,7 @@ def dino_loss(teacher,  # 4 x 2B x K: class token and parts of the global views,
     return total / terms
 
 def move_centers(centers, teacher, momentum=0.9):
-    "Centres follow the mean of what the teacher says."
+    "Centres (4 x 1 x K) follow the mean of what the teacher says (4 x 2B x K)."
     return momentum * centers + (1 - momentum) * teacher.mean(1, keepdim=True).detach()
 
 # %% ../nbs/17_pretraining.ipynb #0030abcd
@@ -134,7 +134,7 @@ def schedule(s, step, steps):
 def start(images,         # paths, or N x 3 x H x W uint8
           settings=None,  # changes to TINY
           seed=0, out=None, device="auto"):
-    "State of a pre-training; continues from `out/checkpoint.pt` when there is one."
+    "State of a pre-training; continues from `out/checkpoint.pt` when there is one. ValueError when the images do not fill a batch."
     s, device = TINY | (settings or {}), pick_device(device)
     if len(images) < s["batch_size"]: raise ValueError(f"{len(images)} images, fewer than a batch of {s['batch_size']}; add images or lower batch_size")
     torch.manual_seed(seed)

@@ -570,7 +570,7 @@ def make(name: str,                   # a key of PRESETS
          root=None,                   # data root; see `reidbook.data.data_root`
          workers: int | None = None,  # processes; None: all cores
          ) -> Path:                   # the folder of the set
-    "Write the set `name` below the data root in Market-1501 layout; returns at once when it is there already."
+    "Write the set `name` below the data root in Market-1501 layout; returns at once when it is there already. ValueError for an unknown name, or a folder of that name that was not made here."
     if name not in PRESETS: raise ValueError(f"no synthetic set is called {name!r}; there are {', '.join(PRESETS)}")
     preset, target = PRESETS[name], data_root(root) / name
     card = _card(name, preset)
@@ -597,7 +597,7 @@ def _unit_rows(feats: np.ndarray) -> np.ndarray:
 
 def pixel_features(images: np.ndarray,  # N x 3 x h x w, uint8, at least 16 x 8
                    ) -> np.ndarray:     # N x 192 float32, unit rows
-    "A thumbnail of 16 x 4 pixels: 16 x 8 without two columns on each side, each channel's mean removed."
+    "A thumbnail of 16 x 4 pixels: 16 x 8 without two columns on each side, each channel's mean removed. ValueError for smaller images."
     n, _, h, w = images.shape
     if h < 16 or w < 8: raise ValueError(f"images of {h} x {w} pixels: at least 16 x 8 are needed")
     cells = images[:, :, :h // 16 * 16, :w // 8 * 8].reshape(n, 3, 16, h // 16, 8, w // 8)

@@ -156,7 +156,7 @@ class Plug:
 
 # %% ../nbs/09_training.ipynb #0021abcd
 def find_plug(name):
-    "The `Plug` class of that name; the empty name is the plug that does nothing."
+    "The `Plug` class of that name; the empty name is the plug that does nothing. ValueError when there is none."
     if not name: return Plug
     try: return importlib.import_module(f"reidbook.methods.{name}").PLUG
     except (ImportError, AttributeError): raise ValueError(f"setting correct={name!r}: there is no reidbook.methods.{name} with a PLUG") from None
@@ -308,7 +308,7 @@ def view(t, index):
 
 # %% ../nbs/09_training.ipynb #0049abcd
 def train_epoch(t) -> dict:
-    "All batches of one epoch; mean of every loss term."
+    "All batches of one epoch; mean of every loss term. ValueError when the loss is not finite."
     t.model.train()
     for group in t.optimizer.param_groups: group["lr"] = t.plan.lr
     sums = defaultdict(float)
@@ -370,7 +370,7 @@ def one_epoch(t) -> dict:
 
 # %% ../nbs/09_training.ipynb #0056abcd
 def describe_labels(labels, pids):
-    "Flat description of pseudo labels: counts, and quality where identities are known."
+    "Flat description of N pseudo labels: counts, and quality where the N identities are known."
     record = {"clusters": int(labels.max() + 1), "outliers": int((labels < 0).sum())}
     if pids is None: return record
     q = label_quality(labels, pids)

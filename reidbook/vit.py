@@ -189,7 +189,7 @@ def load_pretrained(model,     # Network
                     backbone,  # its name
                     weights,   # "none" or a file: with necks a whole network (a trained model), else a backbone
                     ) -> str:  # one line that says what was loaded
-    "Give the network its start. Whole or not at all; only a position table of another grid is resized, and the line says so."
+    "Give the network its start. Whole or not at all (ValueError); only a position table of another grid is resized, and the line says so."
     if weights == "none": return "random initialisation (no pre-training)"
     if weights == "pretrained":
         raise FileNotFoundError(f"no weights for {backbone} come with the book. Download {PAGES['pass' if 'pass' in backbone else 'ssl']} and pass weights=FILE, "
