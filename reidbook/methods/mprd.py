@@ -271,7 +271,7 @@ def augmented(t, rows, generator):
     s = t.settings
     return train_transform(torch.from_numpy(np.array(t.images[rows])).to(t.device), generator, flip=s.flip, pad=s.pad, erase=s.erase, jitter=s.jitter)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0065abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0069abcd
 def mixed_prototypes(prototypes,  # K x D
                      drawn,       # B x D, for each item the memory row of one of its hard positives
                      targets,     # B labels
@@ -283,7 +283,7 @@ def mixed_prototypes(prototypes,  # K x D
     count = torch.bincount(targets, minlength=len(prototypes))
     return (prototypes * (1 - alpha) ** count[:, None]).index_add(0, targets, weights[:, None] * drawn)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0068abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0072abcd
 def _mining_logits(feats, targets, prototypes, mixed, negatives, memory, weight, temperature):
     "Scores against prototypes, the own one mixed, then against all hard negatives of the batch; -inf where one is not the item's."
     feats = F.normalize(feats, dim=1)
@@ -317,7 +317,7 @@ def mining_loss(feats,        # B x D
     loss = F.cross_entropy(logits, targets)
     return loss if not compat else loss.detach() + _released_gradient(feats, logits.detach(), hard, *args)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0072abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0076abcd
 def _released_gradient(feats, logits, hard, targets, prototypes, mixed, *rest):
     "A term of value zero whose gradient is the shipped one: prototypes of earlier items stay replaced by their mixed versions."
     temperature, p = rest[-1], logits.softmax(1)
@@ -327,7 +327,7 @@ def _released_gradient(feats, logits, hard, targets, prototypes, mixed, *rest):
     feats = F.normalize(feats, dim=1)
     return (feats * grad).sum() / (temperature * len(feats)) - (feats * grad).sum().detach() / (temperature * len(feats))
 
-# %% ../../nbs/13_methods.mprd.ipynb #0075abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0079abcd
 @torch.no_grad()
 def write_rows(memory, feats, index):
     "The batch overwrites its rows of the instance memory, in place; of several copies the last stays."
@@ -335,7 +335,7 @@ def write_rows(memory, feats, index):
     last = len(index) - 1 - np.unique(index[::-1], return_index=True)[1]
     memory[torch.from_numpy(index[last]).to(memory.device)] = F.normalize(feats.detach()[torch.from_numpy(last).to(feats.device)], dim=1)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0078abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0082abcd
 def aligned_prototypes(prototypes,  # K x D, unit rows
                        feats,       # B x D of one view
                        targets,     # B labels
@@ -357,7 +357,7 @@ def aligned_prototypes(prototypes,  # K x D, unit rows
     vectors = torch.cat([hardest, away[torch.from_numpy(known).to(away.device)]])
     return mean_update(prototypes, vectors[torch.from_numpy(order).to(vectors.device)], cluster[order], 1 - tau)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0080abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0084abcd
 def alignment_loss(feats,    # B x D
                    partners, # B x D: another image of each item's cluster
                    q, r,     # K x D prototypes as the first and the second view see them
@@ -366,7 +366,7 @@ def alignment_loss(feats,    # B x D
     log_p, log_q = F.log_softmax(feats @ q.T / temperature, 1), F.log_softmax(partners @ r.T / temperature, 1)
     return (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
-# %% ../../nbs/13_methods.mprd.ipynb #0083abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0087abcd
 def judged(gcn, memory,
            anchors,  # A rows
            lists,    # A index arrays: partners of each anchor
@@ -382,7 +382,7 @@ def judged(gcn, memory,
         p = same_person(gcn, memory, pairs)[back.ravel()]
     return [x[k] for x, k in zip(lists, np.split((p > 0.5) == same, cuts))]
 
-# %% ../../nbs/13_methods.mprd.ipynb #0085abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0089abcd
 def partner_of(anchors,    # B rows: the image asked about
                negatives,  # B index arrays: its hard negatives; where there are none, another cluster of the batch
                index,      # B rows of the batch
@@ -408,7 +408,7 @@ def collect_pairs(index,      # B rows of the batch
     apart = partner_of(anchors, negatives, index, labels[index], memory)
     return np.concatenate([np.c_[same, np.ones(len(same), int)], np.c_[anchors, apart, np.zeros(len(same), int)]])
 
-# %% ../../nbs/13_methods.mprd.ipynb #0088abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0092abcd
 def train_on_pairs(gcn, memory,
                    pairs,  # E x 3: row, row, target
                    rng, compat=False, batch_size=128):
@@ -417,7 +417,7 @@ def train_on_pairs(gcn, memory,
     for batch in torch.from_numpy(rng.permutation(pairs)).to(memory.device).split(batch_size):
         if len(batch) == batch_size: carry = train_step(gcn, lists[batch[:, 0]], lists[batch[:, 1]], memory, batch[:, 2], carry, compat)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0090abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0094abcd
 class Flips(training.Method):
     "What is remembered: the baseline's clusters, prototypes, a memory of every image, and the flips since the last epoch."
     settings = dict(momentum=0.1, update="hard", temperature=0.05, compat=False)  # compat: what the released code does
@@ -452,7 +452,7 @@ class Flips(training.Method):
     def state(self): return {"previous": torch.from_numpy(self.previous)}
     def load_state(self, t, state): self.previous = state["previous"].cpu().numpy()
 
-# %% ../../nbs/13_methods.mprd.ipynb #0092abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0096abcd
 class PairLosses(Flips):
     "What is minimised: the mining loss and the alignment."
     settings = Flips.settings | dict(
@@ -480,7 +480,7 @@ class PairLosses(Flips):
         "The hardest image of each cluster writes its prototype."
         self.bank.update(batch.feats, batch.labels)
 
-# %% ../../nbs/13_methods.mprd.ipynb #0094abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0098abcd
 class Referee(PairLosses):
     "What is believed: a graph network, pre-trained on views of the images, strikes out flips."
     settings = PairLosses.settings | dict(use_gcn=True, gcn_width=512, gcn_passes=1)  # its size, and passes over the images before the first epoch
@@ -517,7 +517,7 @@ class Referee(PairLosses):
         self.flips = whole
         return positives, negatives
 
-# %% ../../nbs/13_methods.mprd.ipynb #0096abcd
+# %% ../../nbs/13_methods.mprd.ipynb #0100abcd
 class MPRD(Referee):
     "Meta Pairwise Relationship Distillation (Ji et al., ICCV 2021 and TNNLS 2024): the referee learns from the pairs of every epoch."
     settings = Referee.settings | dict(gcn_online=True)
