@@ -178,8 +178,8 @@ def _gather(blocks, q, g, q_pids, g_pids, q_cams, g_cams, top, slow):
 def evaluate(
     query,                                                   # Q x D features, numpy or torch
     gallery,                                                 # G x D
-    q_pids, g_pids,                                          # identities
-    q_cams=None, g_cams=None,                                # cameras; None: nothing is ignored
+    q_pids, g_pids,                                          # Q and G identities
+    q_cams=None, g_cams=None,                                # Q and G cameras; None: nothing is ignored
     *,
     top: int = 100,                                          # ranks in the CMC curve
     device="auto",
@@ -209,7 +209,7 @@ def evaluate_distances(
 
 # %% ../nbs/08_evaluation.ipynb #0060abcd
 def rank_lists(
-    query, gallery,                                          # features
+    query, gallery,                                          # Q x D and G x D features
     k: int = 10,
     q_pids=None, g_pids=None, q_cams=None, g_cams=None,      # all four given: junk is skipped
     *,

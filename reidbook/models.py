@@ -236,7 +236,7 @@ LATER = {"vit": "reidbook.vit"}  # first word of a backbone's name -> module wit
 
 # %% ../nbs/03_models.ipynb #0077abcd
 def create_model(backbone="small", weights="pretrained", *, pooling="gem", parts=0, bn_group_size=None, seed=0):
-    "A network with its start: the model and the line that says where its weights come from. Same seed, same random layers."
+    "A network with its start: the model and the line that says where its weights come from. Same seed, same random layers. Arguments and errors are those of `ReIDModel` and `load_pretrained`."
     make, load, family = ReIDModel, load_pretrained, backbone.split("_")[0]
     if family in LATER: make, load = (getattr(importlib.import_module(LATER[family]), name) for name in ("Network", "load_pretrained"))
     with torch.random.fork_rng(devices=[]):

@@ -260,7 +260,7 @@ def plot_contingency(labels,    # N labels
     return ax
 
 # %% ../nbs/06_noise.ipynb #0078abcd
-def noise_record(labels, pids, cams=None) -> dict:
+def noise_record(labels, pids, cams=None) -> dict:  # as `noise_table`
     "`label_quality` and the share of each kind (`share_right`, ...) as one flat dict, to be kept per epoch."
     shares = noise_table(labels, pids, cams).kinds.share
     return {**label_quality(labels, pids).as_dict(), **{"share_" + k.replace(" ", "_"): float(s) for k, s in shares.items()}}
@@ -304,7 +304,7 @@ def _panel_kinds(ax, table, kinds):
 
 # %% ../nbs/06_noise.ipynb #0093abcd
 def show_cluster(paths,      # N image files
-                 labels, pids,
+                 labels, pids,  # N pseudo labels, N true identities
                  cluster,    # the label to look at
                  cams=None,
                  top=16):    # at most so many images
@@ -324,7 +324,7 @@ def show_cluster(paths,      # N image files
 
 # %% ../nbs/06_noise.ipynb #0094abcd
 def show_identity(paths,    # N image files
-                  labels, pids,
+                  labels, pids,  # N pseudo labels, N true identities
                   pid,      # the person to look at
                   cams=None,
                   top=16):  # at most so many images
@@ -339,7 +339,7 @@ def show_identity(paths,    # N image files
 
 # %% ../nbs/06_noise.ipynb #0113abcd
 def plot_map(xy,      # N x 2, a projection made elsewhere
-             labels, pids):
+             labels, pids):  # N pseudo labels, N true identities
     "The same points coloured by person and by cluster; outliers grey. Returns the figure."
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.8), sharex=True, sharey=True)
     colours = np.array(plt.rcParams["axes.prop_cycle"].by_key()["color"])
