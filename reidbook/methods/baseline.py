@@ -11,7 +11,7 @@ from ..memory import ClusterMemory, prototypes
 from ..neighbors import jaccard_similarity
 from ..training import Method
 
-# %% ../../nbs/10_methods.baseline.ipynb #0016abcd
+# %% ../../nbs/10_methods.baseline.ipynb #0020abcd
 class Baseline(Method):
     "Cluster Contrast: kNN, Jaccard similarity, DBSCAN, prototypes, InfoNCE against the memory (Dai et al. 2022, section 3)."
     settings = dict(temperature=0.05, momentum=0.1, update="mean")
