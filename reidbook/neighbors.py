@@ -6,7 +6,7 @@
 __all__ = ['compiled', 'in_threads', 'as_matrix', 'full_precision', 'products', 'knn', 'neighbor_lists', 'list_agreement',
            'compiled_loosely', 'jaccard_similarity', 're_rank', 'recall_on_sample', 'knn_approximate']
 
-# %% ../nbs/04_neighbors.ipynb #0002abcd
+# %% ../nbs/04_neighbors.ipynb #0003abcd
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -15,13 +15,13 @@ import scipy.sparse as sp
 import torch
 from tqdm.auto import tqdm
 
-# %% ../nbs/04_neighbors.ipynb #0003abcd
+# %% ../nbs/04_neighbors.ipynb #0004abcd
 try:
     import numba
 except ImportError:                                          # everything below then takes its plain numpy/scipy/torch path
     numba = None
 
-# %% ../nbs/04_neighbors.ipynb #0019abcd
+# %% ../nbs/04_neighbors.ipynb #0020abcd
 def compiled(function):
     "numba without the interpreter's lock, kept on disk where a place for it exists; the plain function where numba is missing."
     if numba is None: return function
@@ -39,7 +39,7 @@ def in_threads(function, n, *, step=None):
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(lambda r: function(*r), ranges))
 
-# %% ../nbs/04_neighbors.ipynb #0021abcd
+# %% ../nbs/04_neighbors.ipynb #0022abcd
 def as_matrix(
     features,                                                # N x D, numpy or torch, any float or integer type
     name="features",                                         # what to call it in an error
@@ -75,7 +75,7 @@ def products(left, right, out):
     pad = torch.nn.functional.pad
     return out.copy_((pad(left, (0, 0, 0, max(0, 16 - rows))) @ pad(right, (0, 0, 0, max(0, 64 - cols))).T)[:rows, :cols])
 
-# %% ../nbs/04_neighbors.ipynb #0024abcd
+# %% ../nbs/04_neighbors.ipynb #0025abcd
 @compiled
 def _push(sims, idx, row, s, j):
     "Insert (s, j) into one row's sorted list; ties go to the lower index."
@@ -115,7 +115,7 @@ def _scan_columns(block, a, b, sims, idx, lo, hi):
                         _push(sims, idx, i, s, j)
                         worst[c] = sims[i, k - 1]
 
-# %% ../nbs/04_neighbors.ipynb #0026abcd
+# %% ../nbs/04_neighbors.ipynb #0027abcd
 def _half_search(x, k, rows=None, offsets=None, farthest=None, block=2048):
     """Exact search over the upper triangle of X X^T, one block at a time: each product serves its row and its column.
 
@@ -145,7 +145,7 @@ def _half_search(x, k, rows=None, offsets=None, farthest=None, block=2048):
                 busy.update()
     return sims, idx
 
-# %% ../nbs/04_neighbors.ipynb #0028abcd
+# %% ../nbs/04_neighbors.ipynb #0029abcd
 def _full_search(x, k, rows=None, offsets=None, farthest=None, device="cpu", block=4096, width=65536):
     "Exact search with torch alone (any device): blocked products, top-k with some spare, ties put in order."
     t = torch.from_numpy(x if rows is None else x[rows]).to(device)
@@ -169,7 +169,7 @@ def _full_search(x, k, rows=None, offsets=None, farthest=None, device="cpu", blo
             sims[a:a + block], idx[a:a + block] = best_s[:, :k].cpu().numpy(), best_j[:, :k].cpu().numpy()
     return sims, idx
 
-# %% ../nbs/04_neighbors.ipynb #0032abcd
+# %% ../nbs/04_neighbors.ipynb #0033abcd
 def _distinct(x):
     "Rows that are first of their kind, and for each row the position of its kind among them; None when all differ."
     words = x.view(np.uint32)
@@ -209,7 +209,7 @@ def _unfold(sims, idx, first, kind, k):
         out_s[a:a + 2048], out_j[a:a + 2048] = value[take], j[take]
     return out_s[kind], out_j[kind]
 
-# %% ../nbs/04_neighbors.ipynb #0035abcd
+# %% ../nbs/04_neighbors.ipynb #0036abcd
 def _faiss_gpus():
     try:
         import faiss
@@ -244,7 +244,7 @@ def _search(x, k, device="auto", offsets=None, farthest=None):
     if farthest is not None: farthest[:] = low if rows is None else low[twins[1]]
     return found if twins is None else _unfold(*found, *twins, k)
 
-# %% ../nbs/04_neighbors.ipynb #0036abcd
+# %% ../nbs/04_neighbors.ipynb #0038abcd
 def knn(
     features,                                                # N x D, numpy or torch; float16 is widened to float32
     k: int,                                                  # neighbours per row, the row itself counted; at most N come back
@@ -275,7 +275,7 @@ def neighbor_lists(
     here[~here.any(1), -1] = True                            # more copies than places: self is not listed, the last entry goes
     return idx[~here].reshape(len(x), -1)
 
-# %% ../nbs/04_neighbors.ipynb #0044abcd
+# %% ../nbs/04_neighbors.ipynb #0046abcd
 def list_agreement(
     lists_a,                                                 # N x k indices, no repeats within a row
     lists_b,                                                 # N x k' indices of the same images
@@ -288,7 +288,7 @@ def list_agreement(
     shared = (both[:, 1:] == both[:, :-1]).sum(axis=1)
     return (shared / np.maximum(a.shape[1] + b.shape[1] - shared, 1)).astype(np.float32)
 
-# %% ../nbs/04_neighbors.ipynb #0070abcd
+# %% ../nbs/04_neighbors.ipynb #0072abcd
 def _pattern(rank, m, n):
     "Boolean N x N: column j of row i is set when j is among the first m neighbours of i."
     return sp.csr_matrix((np.ones(n * m, np.float32), rank[:, :m].ravel(), np.arange(n + 1) * m), shape=(n, n))
@@ -309,7 +309,7 @@ def _grow_sparse(x, rank, half):
         dots[a:a + 8192] = np.einsum("nd,nd->n", x[row[a:a + 8192]], x[grown.indices[a:a + 8192]])
     return grown.indices.astype(np.int32), dots, np.diff(grown.indptr)
 
-# %% ../nbs/04_neighbors.ipynb #0073abcd
+# %% ../nbs/04_neighbors.ipynb #0075abcd
 @compiled
 def _mutual(rank, m, mask, lo, hi):
     "mask[i, p]: is i among the first m neighbours of its own p-th neighbour?"
@@ -344,7 +344,7 @@ def _members(i, rank, half, in_full, in_half, state, mine):
     mine[:size].sort()
     return size
 
-# %% ../nbs/04_neighbors.ipynb #0075abcd
+# %% ../nbs/04_neighbors.ipynb #0077abcd
 def compiled_loosely(function):
     "As `compiled`, and a sum may be taken in any order, many terms at a time."
     if numba is None: return function
@@ -380,7 +380,7 @@ def _grow(x, rank, sims, half, in_full, in_half, lo, hi):
         count[i - lo] = size
     return cols[:used].copy(), dots[:used].copy(), count
 
-# %% ../nbs/04_neighbors.ipynb #0077abcd
+# %% ../nbs/04_neighbors.ipynb #0079abcd
 def _encode(x, rank, sims, half, logit):
     "V: row i holds a softmax over the expanded k-reciprocal set of i; `logit(rows, columns, dots)` says of what."
     n, full = rank.shape
@@ -412,7 +412,7 @@ def _expand_query(v, rank, k2):
     mean.data /= np.float32(k2)
     return mean @ v
 
-# %% ../nbs/04_neighbors.ipynb #0081abcd
+# %% ../nbs/04_neighbors.ipynb #0083abcd
 @compiled
 def _meet(indptr, indices, values, col_ptr, col_rows, col_values, least, lo, hi):
     "Pairs j >= i of rows lo..hi with m / (2 - m) >= least, m the sum of minima. Columns are numbered from the longest list down."
@@ -451,7 +451,7 @@ def _meet(indptr, indices, values, col_ptr, col_rows, col_values, least, lo, hi)
         count[i - lo] = used - start
     return cols[:used].copy(), sims[:used].copy(), count
 
-# %% ../nbs/04_neighbors.ipynb #0083abcd
+# %% ../nbs/04_neighbors.ipynb #0085abcd
 def _join(v, columns, lo, hi):
     "All meetings of rows lo..hi: row - lo, the row met, the smaller weight."
     entries = slice(v.indptr[lo], v.indptr[hi])
@@ -483,7 +483,7 @@ def _overlap(v, least):
     both.sort_indices()
     return both
 
-# %% ../nbs/04_neighbors.ipynb #0085abcd
+# %% ../nbs/04_neighbors.ipynb #0087abcd
 def _half_norms(x):
     "Half the squared lengths, or None when every row has unit length (then inner product and distance rank alike)."
     half = np.einsum("nd,nd->n", x, x) / 2
@@ -511,7 +511,7 @@ def jaccard_similarity(
     v = _encode(x, rank, np.ascontiguousarray(sims, np.float32), round(k1 / 2) + 1, lambda rows, cols, dots: 2 * dots - 2)
     return _overlap(_expand_query(v, rank, k2), min_similarity)
 
-# %% ../nbs/04_neighbors.ipynb #0101abcd
+# %% ../nbs/04_neighbors.ipynb #0103abcd
 @compiled
 def _meet_dense(indptr, indices, values, col_ptr, col_rows, col_values, first, out, lo, hi):
     "Jaccard distance of rows lo..hi to rows first.., written into a dense array."
@@ -523,7 +523,7 @@ def _meet_dense(indptr, indices, values, col_ptr, col_rows, col_values, first, o
         for j in range(out.shape[1]): out[i, j] = max(1 - m[first + j] / (2 - m[first + j]), 0.0)
         m[:] = 0
 
-# %% ../nbs/04_neighbors.ipynb #0102abcd
+# %% ../nbs/04_neighbors.ipynb #0105abcd
 def re_rank(
     query,                                                   # Q x D
     gallery,                                                 # G x D
@@ -564,7 +564,7 @@ def re_rank(
         out[rows] = (1 - lambda_value) * out[rows] + lambda_value * d ** 2
     return out
 
-# %% ../nbs/04_neighbors.ipynb #0106abcd
+# %% ../nbs/04_neighbors.ipynb #0109abcd
 def recall_on_sample(
     features, idx,                                           # N x D, N x k: the lists to judge
     sample: int = 1000,
@@ -583,7 +583,7 @@ def recall_on_sample(
     both = np.sort(np.concatenate([idx[rows], best_j.numpy()], axis=1), axis=1)
     return float((both[:, 1:] == both[:, :-1]).mean() * (both.shape[1] - 1) / k)
 
-# %% ../nbs/04_neighbors.ipynb #0108abcd
+# %% ../nbs/04_neighbors.ipynb #0111abcd
 def knn_approximate(
     features,                                                # N x D
     k: int,
