@@ -45,7 +45,7 @@ def view_maker(size,   # (height, width)
              v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
     return v2.Compose(steps)
 
-# %% ../nbs/17_pretraining.ipynb #0018abcd
+# %% ../nbs/17_pretraining.ipynb #0019abcd
 class Views(torch.utils.data.Dataset):
     "Images as lists of views: two global ones, then `local` of each area."
     def __init__(self, images,  # paths, or N x 3 x H x W uint8
@@ -60,7 +60,7 @@ class Views(torch.utils.data.Dataset):
         one, two, piece = self.makers
         return [one(image), two(image), *[piece(area(image, a)) for a in range(3) for _ in range(self.local)]]
 
-# %% ../nbs/17_pretraining.ipynb #0020abcd
+# %% ../nbs/17_pretraining.ipynb #0021abcd
 PAPER = dict(backbone="vit_small_pass", height=256, width=128, global_scale=(0.4, 1.0), local_scale=(0.1, 0.8), local=3,
              batch_size=1024, epochs=100, warm_epochs=10, lr=5e-4, min_lr=1e-6,  # lr for 256 images; 8 GPUs x 128 in the paper
              weight_decay=0.04, last_decay=0.4, momentum=0.996, center_momentum=0.9, teacher_t=0.04, student_t=0.1,
@@ -69,7 +69,7 @@ TINY = PAPER | dict(backbone="vit_tiny_pass", height=64, width=32, batch_size=64
                     outputs=1024, hidden=256, bottleneck=64, workers=0)
 PRESETS = {"paper": PAPER, "tiny": TINY}
 
-# %% ../nbs/17_pretraining.ipynb #0023abcd
+# %% ../nbs/17_pretraining.ipynb #0024abcd
 class Head(nn.Module):
     "DINO's head: B x D to B x outputs; cosines between a bottleneck and the classes."
     def __init__(self, width, hidden, bottleneck, outputs):
@@ -79,7 +79,7 @@ class Head(nn.Module):
         for m in self.mlp[::2]: nn.init.trunc_normal_(m.weight, std=0.02); nn.init.zeros_(m.bias)
     def forward(self, x): return F.linear(F.normalize(self.mlp(x), dim=1), F.normalize(self.last.weight, dim=1))
 
-# %% ../nbs/17_pretraining.ipynb #0024abcd
+# %% ../nbs/17_pretraining.ipynb #0026abcd
 class PartDINO(nn.Module):
     "A `ViT` with part tokens and a `Head` for each of its four tokens."
     def __init__(self, s, drop_path=0.0):
@@ -97,7 +97,7 @@ class PartDINO(nn.Module):
         tokens = self.backbone(views, carry=[0, 1 + a])
         return torch.stack([self.heads[0](tokens[:, 0]), self.heads[1 + a](tokens[:, 1])])
 
-# %% ../nbs/17_pretraining.ipynb #0026abcd
+# %% ../nbs/17_pretraining.ipynb #0028abcd
 def dino_loss(teacher,  # 4 x 2B x K: class token and parts of the global views, first views then second ones
               student,  # 4 x 2B x K
               pieces,   # 3 x 2 x LB x K: of each area, class token and part token of its L local views
@@ -119,7 +119,7 @@ def move_centers(centers, teacher, momentum=0.9):
     "Centres (4 x 1 x K) follow the mean of what the teacher says (4 x 2B x K)."
     return momentum * centers + (1 - momentum) * teacher.mean(1, keepdim=True).detach()
 
-# %% ../nbs/17_pretraining.ipynb #0030abcd
+# %% ../nbs/17_pretraining.ipynb #0032abcd
 def cosine(step, steps, first, last):
     "From `first` to `last` along half a cosine."
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -130,7 +130,7 @@ def schedule(s, step, steps):
     lr = peak * step / warm if step < warm else cosine(step - warm, max(steps - warm, 1), peak, s["min_lr"])
     return lr, cosine(step, steps, s["weight_decay"], s["last_decay"]), cosine(step, steps, s["momentum"], 1.0)
 
-# %% ../nbs/17_pretraining.ipynb #0033abcd
+# %% ../nbs/17_pretraining.ipynb #0035abcd
 def start(images,         # paths, or N x 3 x H x W uint8
           settings=None,  # changes to TINY
           seed=0, out=None, device="auto"):
@@ -148,7 +148,7 @@ def start(images,         # paths, or N x 3 x H x W uint8
     if out and (Path(out) / "checkpoint.pt").exists(): load(t)
     return t
 
-# %% ../nbs/17_pretraining.ipynb #0035abcd
+# %% ../nbs/17_pretraining.ipynb #0037abcd
 def one_step(t, views, step, steps):
     "One batch: the loss, after the student has stepped and the teacher has followed."
     s, student, teacher = t["settings"], t["student"], t["teacher"]
@@ -173,7 +173,7 @@ def one_step(t, views, step, steps):
     t["centers"] = move_centers(t["centers"], said.float(), s["center_momentum"])
     return loss.detach(), said
 
-# %% ../nbs/17_pretraining.ipynb #0037abcd
+# %% ../nbs/17_pretraining.ipynb #0039abcd
 def epochs(t):
     "Train epoch after epoch; yields a record each: loss, classes in use, classes per image."
     s = t["settings"]
@@ -194,7 +194,7 @@ def epochs(t):
         if t["out"]: save(t)
         yield t["history"][-1]
 
-# %% ../nbs/17_pretraining.ipynb #0039abcd
+# %% ../nbs/17_pretraining.ipynb #0041abcd
 def save(t):
     "`out/checkpoint.pt`, whole or not at all, and the teacher's backbone in `out/backbone.safetensors`."
     t["out"].mkdir(parents=True, exist_ok=True)
