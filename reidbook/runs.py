@@ -387,7 +387,7 @@ def results_table(table,          # from `ledger`
     "Mean and standard deviation over seeds, in percent, for every data set, method and set of changed settings."
     def cell(x): return "–" if x.isna().all() else f"{100 * x.mean():.1f}" + (f"\u00a0±\u00a0{100 * x.std():.1f}" if len(x) > 1 else "")
     table = table.reindex(columns=table.columns.union(["mAP", "rank1"], sort=False))  # data without a test has neither
-    groups = table.groupby(["dataset", "method", "settings"], sort=False)
+    groups = table.groupby(["dataset", "method", "settings"])
     out = [{"data set": d, "method": m + ("" if s == "{}" else f" {s}"), "runs": len(g), "mAP": cell(g.mAP), "rank-1": cell(g.rank1),
             "best on test (mAP)": cell(g.best_on_test), "before training": cell(g.start), "minutes": f"{g.minutes.mean():.1f}", "hardware": g.hardware.iloc[0]}
            for (d, m, s), g in groups]
