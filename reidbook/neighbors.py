@@ -124,7 +124,7 @@ def _half_search(x, k, rows=None, offsets=None, farthest=None, block=2048):
     n = len(x) if rows is None else len(rows)
     sims, idx = np.full((n, k), -np.inf, np.float32), np.full((n, k), n, np.int64)
     starts = range(0, n, block)
-    room = torch.empty(block * block)
+    room = torch.empty(block * block, dtype=torch.float32)
     t = torch.from_numpy(x)
     part = (lambda a: t[a:a + block]) if rows is None else (lambda a: torch.from_numpy(x[rows[a:a + block]]))
     busy = tqdm(total=len(starts) * (len(starts) + 1) // 2, desc="neighbours", leave=False, disable=n * n * x.shape[1] < 1e12)
