@@ -135,7 +135,7 @@ def _half_search(x, k, rows=None, offsets=None, farthest=None, block=2048):
     n = len(x) if rows is None else len(rows)
     sims, idx = np.full((n, k), -np.inf, np.float32), np.full((n, k), n, np.int64)
     starts = range(0, n, block)
-    room = torch.empty(block * block)
+    room = torch.empty(block * block, dtype=torch.float32)
     t = torch.from_numpy(x)
     if rows is None: part = lambda a: t[a:a + block]
     else: part = lambda a: torch.from_numpy(x[rows[a:a + block]])

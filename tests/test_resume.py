@@ -191,7 +191,7 @@ def test_a_stage_is_made_by_one_of_two_runs(root, tmp_path, children):
 
 def make_stage(root, folder, made):
     from types import SimpleNamespace
-    t = SimpleNamespace(store=folder / "stages", dataset=SimpleNamespace(name="d"), seed=1, identity={})
+    t = SimpleNamespace(store=folder / "stages", dataset=SimpleNamespace(name="d"), seed=1, identity={}, stages=[])
     def make(where):
         time.sleep(1)
         with open(made, "a") as f: f.write("made\n")
