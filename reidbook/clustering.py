@@ -7,6 +7,7 @@ __all__ = ['tie', 'min_similarity', 'as_graph', 'dbscan', 'agglomerative', 'info
 
 # %% ../nbs/05_clustering.ipynb #0002abcd
 import heapq
+import sys
 
 import numpy as np
 import scipy.sparse as sp
@@ -123,6 +124,16 @@ def infomap_links(
     return row[keep], col[keep], weight[keep]
 
 # %% ../nbs/05_clustering.ipynb #0054abcd
+def _infomap_class():
+    "The package's class. faiss is loaded before it: loaded after it, `modules()` crashes (seen with 2.16.0 and 1.15.1)."
+    if "infomap" not in sys.modules:                         # who loaded it first had better not load faiss
+        try: import faiss
+        except ImportError: pass                             # then nothing can load it later
+    try: from infomap import Infomap
+    except ImportError:
+        raise ValueError("infomap: the package of that name is not installed; pip install infomap, or use dbscan.") from None
+    return Infomap
+
 def infomap(
     features,                                                # N x D, rows of unit length
     k: int = 15,                                             # neighbours per image, itself counted
@@ -132,10 +143,7 @@ def infomap(
     device="auto",
 ) -> np.ndarray:                                             # N int64 labels, -1 = outlier
     "Infomap (two-level, directed) on the kNN graph, as in Cluster Contrast; repeatable for one version of the package and one image order. ValueError when the package is missing."
-    try:
-        from infomap import Infomap
-    except ImportError:
-        raise ValueError("infomap: the package of that name is not installed; pip install infomap, or use dbscan.") from None
+    Infomap = _infomap_class()
     row, col, weight = infomap_links(*knn(features, k, device=device), min_similarity)
     n = len(features)
     labels = np.full(n, -1, np.int64)

@@ -121,7 +121,7 @@ def _similarity_blocks(q, g, device, room=None):
     room = room or (128e6 if compiled else 16e6 if on_cpu else 1e9)         # bytes of similarities at a time
     size = int(np.clip(room // (4 * len(g)), 16, 4096)) // 16 * 16
     tq, tg = torch.from_numpy(q).to(device), torch.from_numpy(g).to(device)
-    buffer = torch.empty(size * len(g), device=device)
+    buffer = torch.empty(size * len(g), dtype=torch.float32, device=device)
     for a in range(0, len(q), size):
         rows = np.arange(a, min(a + size, len(q)))
         out = buffer[:len(rows) * len(g)].view(len(rows), len(g))

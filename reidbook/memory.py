@@ -24,7 +24,7 @@ def prototypes(feats,   # N x D features, L2-normalised
     count = torch.bincount(labels[kept])
     empty = (count == 0).nonzero().flatten().tolist()
     if empty: raise ValueError(f"clusters {empty[:5]} have no member: relabel to 0..{len(count) - len(empty) - 1} first")
-    sums = torch.zeros(len(count), feats.shape[1]).index_add_(0, labels[kept], feats[kept])
+    sums = feats.new_zeros(len(count), feats.shape[1]).index_add_(0, labels[kept], feats[kept])
     return F.normalize(sums, dim=1).numpy()
 
 # %% ../nbs/07_memory.ipynb #0020abcd
@@ -101,7 +101,7 @@ class HybridMemory(nn.Module):
     "SpCL's instance memory: class scores are mean similarities to the rows of a class (SpCL, section 3.1)."
     def __init__(self,
                  features,         # N x D, unit rows, one per image
-                 labels,           # N labels 0..C-1; an outlier is a class of its own
+                 labels,           # N labels from 0 up, gaps allowed; an outlier is a class of its own
                  momentum=0.2,     # weight of the old row
                  temperature=0.05,
                  ):
@@ -114,11 +114,14 @@ class HybridMemory(nn.Module):
                 features,  # B x D, L2-normalised
                 index,     # B row numbers of the batch's images
                 ):
-        "Softmax over class means of similarities, with the reference's 1e-6 in denominator and logarithm."
+        """Softmax over class means of similarities, with the reference's 1e-6 in denominator and logarithm.
+
+        A number that no image bears is no class: it has no share in the denominator."""
         sims = features @ self.features.T / self.temperature
-        count = torch.bincount(self.labels).clamp(min=1)
-        scores = torch.zeros(len(sims), len(count), device=sims.device).index_add(1, self.labels, sims) / count
-        e = scores.exp()
+        count = torch.bincount(self.labels)
+        sums = sims.new_zeros(len(sims), len(count)).index_add(1, self.labels, sims)
+        scores = sums / count.clamp(min=1)
+        e = scores.exp() * (count > 0)
         return F.nll_loss((e / (e.sum(1, keepdim=True) + 1e-6) + 1e-6).log(), self.labels[index])
 
     @torch.no_grad()

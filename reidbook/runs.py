@@ -34,7 +34,7 @@ import yaml
 
 import reidbook
 import reidbook.methods
-from . import parallel, training
+from . import adaptation, parallel, training  # adaptation: the stage that `source` asks for
 from .data import column, data_root, dataset_digest, load_images, open_dataset
 
 # %% ../nbs/20_runs.ipynb #0007abcd

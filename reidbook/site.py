@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CODE', 'RUN_FIELDS', 'SCRIPT', 'ACCENTS', 'INLINE', 'TEMPLATE', 'MACHINE', 'book_root', 'read_config', 'present',
-           'reading_order', 'options', 'first_sentence', 'has_picture', 'is_progress', 'shorten', 'link_chapters',
-           'BookPage', 'front_matter', 'finished_runs', 'process_notebooks', 'prepare', 'render_quarto', 'mathml',
-           'untex', 'read_bib', 'short_citation', 'full_citation', 'diagram_html', 'cite_html', 'figure_html',
-           'markdown_html', 'output_html', 'code_html', 'cell_html', 'heading_id', 'page_address', 'finish_html',
-           'sidebar_html', 'way_html', 'facts_html', 'listing_html', 'read_page', 'picture_saver', 'render_page',
-           'render_plain', 'replace_folder', 'build_site', 'readme_text', 'readme_prose', 'readme_output',
-           'make_readme', 'parse_errors', 'check_link', 'check_page', 'check_site', 'check_cells', 'check_notebook',
-           'check_sources']
+           'reading_order', 'split_options', 'options', 'first_sentence', 'has_picture', 'is_progress', 'shorten',
+           'link_chapters', 'BookPage', 'front_matter', 'finished_runs', 'process_notebooks', 'prepare',
+           'render_quarto', 'mathml', 'untex', 'read_bib', 'short_citation', 'full_citation', 'diagram_html',
+           'cite_html', 'figure_html', 'markdown_html', 'output_html', 'code_html', 'cell_html', 'heading_id',
+           'page_address', 'finish_html', 'sidebar_html', 'way_html', 'facts_html', 'listing_html', 'read_page',
+           'picture_saver', 'render_page', 'render_plain', 'replace_folder', 'build_site', 'readme_text',
+           'readme_prose', 'readme_output', 'make_readme', 'parse_errors', 'check_link', 'check_page', 'check_site',
+           'check_cells', 'check_notebook', 'check_sources']
 
 # %% ../nbs/24_site.ipynb #0003abcd
 import html, importlib.util, json, os, re, shutil, subprocess, sys, unicodedata
@@ -62,12 +62,19 @@ def reading_order(contents) -> list:  # (section, file name) in order
 CODE = re.compile(r"^(?P<f>`{3,}|~{3,}).*?^(?P=f)[ \t]*$|(?<=\n\n)(?: {4}[^\n]*(?:\n|$))+"  # code in markdown
                   r"|(?P<t>`+)[^`].*?(?P=t)(?!`)", re.M | re.S)
 
-def options(source: str):  # dict of options, source without them
-    "Quarto's `#| key: value` lines at the head of a cell, together one piece of YAML; ValueError shows what is none."
+def split_options(source: str):  # option lines, source without its `#|` lines
+    "Quarto's `#| key: value` lines at the head of a cell, with the lines `#|   more` on which a quoted text goes on."
     head = re.match(r"(?:#\|[^\n]*(?:\n|$))*", source)[0]
-    lines = "\n".join(line[2:].removeprefix(" ") for line in head.splitlines() if re.match(r"#\|\s*[\w-]+:\s", line + " "))
-    try: return yaml.safe_load(lines) or {}, source[len(head):].strip("\n")
-    except yaml.YAMLError: raise ValueError(f"the options are not YAML (quote a text with a colon): {lines[:80]}") from None
+    lines = [line for line in head.splitlines() if re.match(r"#\|(?:\s*[\w-]+:\s|\s{2,}\S)", line + " ")]
+    return lines, source[len(head):].strip("\n")
+
+def options(source: str):  # dict of options, source without them
+    "The option lines of a cell, together one piece of YAML; ValueError shows what is none."
+    lines, body = split_options(source)
+    text = "\n".join(line[2:].removeprefix(" ") for line in lines)
+    try: return yaml.safe_load(text) or {}, body
+    except yaml.YAMLError:
+        raise ValueError(f"the options are not YAML (quote a text with a colon): {text[:80]}") from None
 
 def first_sentence(text: str) -> str:
     "The first sentence of a markdown text, without its marks."
@@ -100,6 +107,7 @@ class BookPage:
     def __init__(self, nb): self.nb = nb
 
     def begin(self):
+        self.restore_options()
         self.nb.cells = [c for c in self.nb.cells if "default_exp" not in (getattr(c, "directives_", None) or {})]
         cells, out, shown = self.nb.cells, [], 0
         exported = lambda before: any("export" in (getattr(c, "directives_", None) or {}) for c in before)
@@ -113,6 +121,16 @@ class BookPage:
             if shown: shorten(cell)
             out.insert(len(out) - shown, cell)
         self.nb.cells = out
+
+    def restore_options(self):
+        "Put back the lines on which an option goes on: nbdev took them for directives of its own."
+        if not getattr(self.nb, "path_", None): return
+        original = nbformat.read(self.nb.path_, 4)
+        written = {c.id: split_options(c.source)[0] for c in original.cells if c.cell_type == "code"}
+        for cell in self.nb.cells:
+            lines, body = split_options(cell.source)
+            whole = written.get(cell.get("id"), [])
+            if len(whole) > len(lines): cell.source = "\n".join([*whole, body])
 
     def describe(self, cell, following):
         "Write `fig-alt` into a cell that has a picture and no text for it."
@@ -603,6 +621,9 @@ def check_cells(cells) -> list:
     for n, cell in enumerate(cells):
         try: options(cell.source)
         except ValueError as e: problems.append(f"cell {n}: {e}")
+        taken = r"^#\|\s{2,}(exports?|exporti|hide|default_exp|exec_doc|filter_stream)\b"
+        problems += [f"cell {n}: an option goes on with nbdev's word {word!r}: break the line elsewhere"
+                     for word in re.findall(taken, cell.source, re.M)]
         lines = [l for l in cell.source.splitlines() if l.strip() and not l.startswith("#")]
         imports = [l for l in lines if re.match(r"(?:import|from)\s", l)]
         if cell.cell_type == "code":

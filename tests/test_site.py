@@ -247,6 +247,16 @@ def test_a_notebook_that_nbdev_cannot_process_is_named(small):
     with pytest.raises(ValueError, match="(?s)imports must stand in cells of their own.*notebook: Bad in cell"): build_site(root=small, quarto=False)
 
 
+def test_a_caption_on_two_lines_reaches_the_page(small):
+    picture = nbformat.v4.new_output("display_data", {"image/png": "aGk="})
+    source = '#| fig-cap: "Two people, and how\n#|   the network tells them apart."\n#| fig-alt: "Two crops."\nplot()'
+    cells = [nbformat.v4.new_markdown_cell("# Wide\n\n> page"), nbformat.v4.new_code_cell(source, outputs=[picture])]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), small / "nbs" / "07_memory.ipynb")
+    out = build_site(root=small, quarto=False)
+    assert nbformat.read(small / "_proc" / "07_memory.ipynb", 4).cells[-1].source == source
+    assert "Two people, and how the network tells them apart." in (out / "memory.html").read_text()
+
+
 def test_without_nbdev_one_line_says_what_to_install(small):
     code = "import sys; sys.modules['nbdev'] = None; import reidbook.site as s; s.importlib.util.find_spec = lambda name: None; s.build_site(root=sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, small], capture_output=True, text=True, cwd=ROOT)
@@ -284,6 +294,11 @@ def test_bibliography_is_complete():
 
 def test_small_parts(tmp_path):
     assert options("#| eval: false\nx") == ({"eval": False}, "x") and options("#| export\n#| hide\nx: int = 1") == ({}, "x: int = 1")
+    assert options('#| fig-cap: "Left: right,\n#|   and more"\n#| fig-alt: >-\n#|   one\n#|   two\nx') == \
+        ({"fig-cap": "Left: right, and more", "fig-alt": "one two"}, "x")
+    with pytest.raises(ValueError, match="not YAML"): options('#| fig-cap: "never\n#|   closed\nx')
+    word = nbformat.v4.new_code_cell('#| fig-cap: "what to\n#|   hide in it"\nx')
+    assert check_cells([word]) == ["cell 0: an option goes on with nbdev's word 'hide': break the line elsewhere"]
     with pytest.raises(ValueError, match="quote a text with a colon.*left: right"): options("#| fig-cap: A figure, left: right\nx")
     assert heading_id("Why, then?", {"why-then"}) == "why-then-1"
     assert present([{"section": "A", "contents": ["no.ipynb"]}], tmp_path) == ([], ["no.ipynb"])
