@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import neighbors
+from .data import open_image
 from .neighbors import as_matrix, compiled, full_precision, in_threads, products
 
 # %% ../nbs/08_evaluation.ipynb #0024abcd
@@ -236,8 +237,7 @@ def rank_lists(
 def _picture(image):
     "An image to show: a path, or an array 3 x H x W or H x W x 3."
     if isinstance(image, np.ndarray): return image.transpose(1, 2, 0) if image.shape[0] == 3 else image
-    from PIL import Image
-    with Image.open(image) as opened: return np.asarray(opened.convert("RGB"))
+    return np.asarray(open_image(image))
 
 def plot_rank_lists(
     query_images,                                            # R paths or arrays
