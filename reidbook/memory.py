@@ -12,12 +12,14 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from .neighbors import as_batch, as_ids, as_matrix, as_number
+
 # %% ../nbs/07_memory.ipynb #0011abcd
 def prototypes(feats,   # N x D features, L2-normalised
                labels,  # N labels, int64; -1 is left out
                ) -> np.ndarray:  # C x D float32, unit rows; row c is cluster c
     "Mean of each cluster's features, L2-normalised (Cluster Contrast, section 3.2). ValueError when there is no cluster, or one without a member."
-    feats, labels = torch.as_tensor(feats, dtype=torch.float32), torch.as_tensor(labels)
+    feats, labels = torch.from_numpy(as_matrix(feats)), torch.from_numpy(as_ids(labels))
     if len(feats) != len(labels): raise ValueError(f"{len(feats)} features but {len(labels)} labels: one label per row is needed")
     kept = labels >= 0
     if not kept.any(): raise ValueError("no cluster: every label is -1; loosen eps or lower min_samples")
@@ -34,6 +36,10 @@ def info_nce(feats,              # B x D, L2-normalised
              temperature=0.05,   # divides the cosine; small = only near competitors matter
              ):                  # scalar tensor
     "Contrastive loss of features against all prototypes (InfoNCE), batch mean."
+    feats, targets = as_batch(feats, targets, len(memory))
+    temperature = as_number(temperature, "temperature", 1e-4)
+    if feats.shape[1] != memory.shape[1]:
+        raise ValueError(f"features have {feats.shape[1]} columns, the memory {memory.shape[1]}: use one model for both")
     return F.cross_entropy(feats @ memory.T / temperature, targets)
 
 # %% ../nbs/07_memory.ipynb #0030abcd
@@ -51,6 +57,10 @@ def mean_update(memory,    # C x D, unit rows
                 momentum,  # weight of the old row
                 ):         # the new memory; `memory` itself is left alone
     "Every item writes itself into its row, in batch order (Cluster Contrast, eq. 5)."
+    momentum = as_number(momentum, "momentum", 0, 1)
+    targets = as_ids(targets, "targets", len(feats), 0, len(memory) - 1)
+    if feats.shape[1:] != memory.shape[1:]:
+        raise ValueError(f"features {tuple(feats.shape)}, memory {tuple(memory.shape)}: the same width is needed")
     memory = memory.clone()
     for rows in _rounds(targets):
         y, x = (torch.as_tensor(i).to(memory.device, non_blocking=True) for i in (targets[rows], rows))  # a GPU is not waited for
@@ -60,6 +70,7 @@ def mean_update(memory,    # C x D, unit rows
 # %% ../nbs/07_memory.ipynb #0035abcd
 def hard_update(memory, feats, targets, momentum):  # as `mean_update`
     "Per class of the batch, only the item least similar to its row writes; gives the new memory, C x D (Cluster Contrast's `hard`, MPRD)."
+    targets = as_ids(targets, "targets", len(feats), 0, len(memory) - 1)
     sim = (feats * memory[targets]).sum(1).cpu().numpy()
     order = np.lexsort((sim, targets))  # by class, then by similarity; stable, so ties go to the earlier item
     rows = order[np.r_[True, np.diff(targets[order]) != 0]]
@@ -77,23 +88,25 @@ class ClusterMemory(nn.Module):
                  update="mean",    # "mean": every item writes; "hard": only the least similar item of each class
                  ):
         super().__init__()
-        if update not in UPDATES: raise ValueError(f"update {update!r}: expected one of {sorted(UPDATES)}")
-        if not 0 <= momentum <= 1: raise ValueError(f"momentum {momentum}: expected a weight in [0, 1]")
+        if not isinstance(update, str) or update not in UPDATES: raise ValueError(f"update {update!r}: expected one of {sorted(UPDATES)}")
+        as_matrix(prototypes, "prototypes")
         self.register_buffer("prototypes", torch.as_tensor(prototypes, dtype=torch.float32).clone())
-        self.momentum, self.temperature, self.rule = momentum, temperature, update
+        self.momentum = as_number(momentum, "momentum", 0, 1)
+        self.temperature, self.rule = as_number(temperature, "temperature", 1e-4), update
 
     def forward(self,
                 features,  # B x D; normalised here, so raw BN-neck outputs are fine
                 targets,   # B labels in 0..C-1
                 ):
         "InfoNCE against all prototypes; the gradient reaches the features only."
-        return info_nce(F.normalize(features, dim=1), self.prototypes, torch.as_tensor(targets, device=features.device), self.temperature)
+        features, targets = as_batch(features, targets, len(self.prototypes))
+        return info_nce(F.normalize(features, dim=1), self.prototypes, targets, self.temperature)
 
     @torch.no_grad()
     def update(self, features, targets):
         "Write the batch into the prototypes by the chosen rule."
-        targets = targets.cpu().numpy() if torch.is_tensor(targets) else np.asarray(targets)
-        features = F.normalize(features.detach().to(self.prototypes), dim=1)
+        features, targets = as_batch(features, targets, len(self.prototypes))
+        features, targets = F.normalize(features.detach().to(self.prototypes), dim=1), targets.cpu().numpy()
         self.prototypes = UPDATES[self.rule](self.prototypes, features, targets, self.momentum)
 
 # %% ../nbs/07_memory.ipynb #0047abcd
@@ -106,9 +119,11 @@ class HybridMemory(nn.Module):
                  temperature=0.05,
                  ):
         super().__init__()
+        n = len(as_matrix(features))
         self.register_buffer("features", torch.as_tensor(features, dtype=torch.float32).clone())
-        self.register_buffer("labels", torch.as_tensor(labels))
-        self.momentum, self.temperature = momentum, temperature
+        self.register_buffer("labels", torch.from_numpy(as_ids(labels, "labels", n, 0, max(n * 100, 10**6))))
+        self.momentum = as_number(momentum, "momentum", 0, 1)
+        self.temperature = as_number(temperature, "temperature", 0.01)  # below, e^(1 / temperature) overflows
 
     def forward(self,
                 features,  # B x D, L2-normalised
@@ -117,6 +132,9 @@ class HybridMemory(nn.Module):
         """Softmax over class means of similarities, with the reference's 1e-6 in denominator and logarithm.
 
         A number that no image bears is no class: it has no share in the denominator."""
+        features, index = as_batch(features, index, len(self.features))
+        if features.shape[1] != self.features.shape[1]:
+            raise ValueError(f"features have {features.shape[1]} columns, the memory {self.features.shape[1]}")
         sims = features @ self.features.T / self.temperature
         count = torch.bincount(self.labels)
         sums = sims.new_zeros(len(sims), len(count)).index_add(1, self.labels, sims)
@@ -127,15 +145,15 @@ class HybridMemory(nn.Module):
     @torch.no_grad()
     def update(self, features, index):
         "Each image of the batch writes its own row."
-        index = index.cpu().numpy() if torch.is_tensor(index) else np.asarray(index)
-        self.features = mean_update(self.features, features.detach(), index, self.momentum)
+        features, index = as_batch(features, index, len(self.features))
+        self.features = mean_update(self.features, features.detach(), index.cpu().numpy(), self.momentum)
 
 # %% ../nbs/07_memory.ipynb #0052abcd
 def soft_triplet_loss(features,  # B x D, not necessarily normalised
                       targets,   # B labels
                       ):         # scalar tensor
     "Batch-hard triplet loss, Euclidean, mean of softplus(d_ap - d_an); the anchor counts among its own positives (PPLR, section 3)."
-    targets = torch.as_tensor(targets, device=features.device)
+    features, targets = as_batch(features, targets)
     square = features.pow(2).sum(1)
     dist = (square[:, None] + square - 2 * features @ features.T).clamp(min=1e-12).sqrt()
     same = targets[:, None] == targets

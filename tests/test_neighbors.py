@@ -232,7 +232,7 @@ def test_broken_rows_are_named(bad):
 def test_other_errors():
     x = features(30, 8, 3, .5)
     for call, words in ((lambda: knn(x, 0), "k: found 0"), (lambda: knn(x[0], 3), "N x D"), (lambda: knn(x[:0], 3), "at least one row"),
-                        (lambda: jaccard_similarity(x, k2=0), "k1, k2"), (lambda: re_rank(x, x[:, :4]), "columns"),
+                        (lambda: jaccard_similarity(x, k2=0), "k2: found 0"), (lambda: re_rank(x, x[:, :4]), "columns"),
                         (lambda: list_agreement([[1]], [[1], [2]]), "same N")):
         with pytest.raises(ValueError, match=words):
             call()

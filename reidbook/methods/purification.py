@@ -16,7 +16,7 @@ from .. import training
 from ..clustering import dbscan, min_similarity
 from ..memory import ClusterMemory, prototypes
 from ..models import create_model, load_state, read_state
-from ..neighbors import jaccard_similarity
+from ..neighbors import as_array, as_number, jaccard_similarity
 
 # %% ../../nbs/15_methods.purification.ipynb #0022abcd
 VIEWS = ("whole", "upper", "lower")
@@ -34,7 +34,9 @@ def fuse(global_,  # N x N similarities or distances of the whole image: numpy, 
          lambda1,  # weight of each half, in [0, 0.5]; the whole keeps 1 - 2 lambda1
          ):        # of the same type and shape as the inputs
     "One matrix from three: (1 - 2 lambda1) whole + lambda1 upper + lambda1 lower (Lan et al. 2023, feature purification). ValueError on a weight outside [0, 0.5] or unequal shapes."
-    if not 0 <= lambda1 <= 0.5: raise ValueError(f"lambda1={lambda1}: expected a weight in [0, 0.5], such as 0.15")
+    lambda1 = as_number(lambda1, "lambda1", 0, 0.5)
+    views = [view if sp.issparse(view) or torch.is_tensor(view) else as_array(view, "a view") for view in (global_, upper, lower)]
+    global_, upper, lower = views
     if not global_.shape == upper.shape == lower.shape:
         raise ValueError(f"shapes {global_.shape}, {upper.shape}, {lower.shape}: the three views must be of the same images")
     w = float(lambda1)
