@@ -9,8 +9,8 @@ __all__ = ['SPLITS', 'IMAGE_TYPES', 'CACHED_FROM', 'BOXES', 'PID_CAM', 'LAYOUTS'
            'looks_like', 'find_folder', 'make_table', 'relabel', 'read_split', 'assemble', 'read_layout', 'read_list',
            'read_msmt17', 'read_luperson', 'read_folder', 'read_csv', 'read_synthetic', 'open_dataset', 'orientation',
            'is_deep', 'upright_rgb', 'open_image', 'show_images', 'camera_matrix', 'Pair', 'open_pair', 'cpu_count',
-           'parallel', 'decode_into', 'files_key', 'load_images', 'dataset_digest', 'test_transform', 'Draw',
-           'draw_augmentation', 'jitter_colours', 'augment', 'train_transform', 'deal_group', 'clusters_of',
+           'parallel', 'decode_into', 'files_key', 'load_images', 'dataset_digest', 'file_lines', 'test_transform',
+           'Draw', 'draw_augmentation', 'jitter_colours', 'augment', 'train_transform', 'deal_group', 'clusters_of',
            'pk_batches', 'released_generators', 'released_order', 'group_batches', 'shard', 'Report', 'official_counts',
            'check_counts', 'answerable', 'check_labels', 'unusual', 'Inspection', 'inspect_file', 'kind_of_copy',
            'check_files', 'check']
@@ -576,9 +576,16 @@ def load_images(paths,         # N files
     return _open_copy(store, shape)
 
 def dataset_digest(dataset) -> str:
-    "A short digest of the relative names and sizes of all files of a data set."
-    lines = [f"{s}\t{os.path.relpath(p, dataset.root)}\t{os.path.getsize(p)}" for s in SPLITS for p in sorted(getattr(dataset, s)["path"])]
+    "A short digest of a data set: its files' relative names and sizes, splits, identities, cameras."
+    lines = [f"{split}\t{line}" for split in SPLITS
+             for line in file_lines(getattr(dataset, split), dataset.root)]
     return _key(*lines)[:16]
+
+def file_lines(table, root) -> list:  # sorted lines
+    "What a digest counts of the images of a split."
+    known = [table[name] for name in ("pid", "cam") if name in table]
+    line = lambda path, *said: (os.path.relpath(path, root), os.path.getsize(path), *said)
+    return sorted("\t".join(map(str, line(*row))) for row in zip(table["path"], *known))
 
 # %% ../nbs/01_data.ipynb #0077abcd
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from . import neighbors
 from .data import open_image
-from .neighbors import as_array, as_count, as_ids, as_matrix, compiled, full_precision, in_threads, products
+from .neighbors import (
+    as_array, as_count, as_ids, as_matrix, compiled, full_precision, in_threads, products)
 
 # %% ../nbs/08_evaluation.ipynb #0024abcd
 @compiled
@@ -155,9 +156,11 @@ class Evaluation:
 def _gather(blocks, q, g, q_pids, g_pids, q_cams, g_cams, top, slow):
     "Scores of all queries from (rows, similarities) blocks."
     top = as_count(top, "top", 1, 10**6)
-    if (q_cams is None) != (g_cams is None): raise ValueError("q_cams, g_cams: give both or neither; without cameras nothing is ignored.")
-    cams = (None, None) if q_cams is None else (as_ids(q_cams, "q_cams", q), as_ids(g_cams, "g_cams", g))
-    pairs = _Pairs(as_ids(q_pids, "q_pids", q), as_ids(g_pids, "g_pids", g), *cams)
+    if (q_cams is None) != (g_cams is None):
+        raise ValueError("q_cams, g_cams: give both or neither; without cameras nothing is ignored.")
+    if q_cams is not None:
+        q_cams, g_cams = as_ids(q_cams, "q_cams", q), as_ids(g_cams, "g_cams", g)
+    pairs = _Pairs(as_ids(q_pids, "q_pids", q), as_ids(g_pids, "g_pids", g), q_cams, g_cams)
     ap, first, inp = np.empty(q), np.empty(q, np.int64), np.empty(q)
     with tqdm(total=q, desc="evaluate", leave=False, disable=not slow) as bar:
         for rows, s in blocks:
@@ -198,8 +201,10 @@ def evaluate_distances(
 ) -> Evaluation:
     "`evaluate` for distances that are already there; the same errors."
     d = as_array(distances, "distances")
-    if d.ndim != 2 or not d.size: raise ValueError(f"distances: found shape {d.shape}, expected Q x G, at least one of each.")
-    if not np.abs(d, dtype=np.float64).max() < 1e38: raise ValueError("distances: found NaN, Inf or 1e38 and more, expected finite numbers.")
+    if d.ndim != 2 or not d.size:
+        raise ValueError(f"distances: found shape {d.shape}, expected Q x G, at least one of each.")
+    if not -1e38 < d.min() <= d.max() < 1e38:  # NaN is neither less nor greater
+        raise ValueError("distances: found NaN, Inf or 1e38 and more, expected finite numbers.")
     blocks = ((np.arange(a, min(a + 256, len(d))), -d[a:a + 256].astype(np.float32)) for a in range(0, len(d), 256))
     if neighbors.numba is None: blocks = ((rows, torch.from_numpy(s)) for rows, s in blocks)
     return _gather(blocks, *d.shape, q_pids, g_pids, q_cams, g_cams, top, False)
@@ -216,15 +221,18 @@ def rank_lists(
     "The first k gallery images of each query, images of the query's own identity and camera left out."
     q, g = as_matrix(query, "query"), as_matrix(gallery, "gallery")
     if q.shape[1] != g.shape[1]:
-        raise ValueError(f"rank_lists: query has {q.shape[1]} columns, gallery {g.shape[1]}; use one model.")
+        raise ValueError(f"rank_lists: query has {q.shape[1]} columns, gallery {g.shape[1]}; "
+                         "use one model for both.")
     rows = np.arange(len(q)) if rows is None else np.atleast_1d(as_array(rows, "rows"))
-    if rows.dtype == bool: raise ValueError("rows: found a mask, expected row numbers; use np.flatnonzero(mask).")
+    if rows.dtype == bool:
+        raise ValueError("rows: found a mask, expected row numbers; use np.flatnonzero(mask).")
     rows, k = as_ids(rows, "rows", None, 0, len(q) - 1), as_count(k, "k", 1, 10**6)
     out = np.full((len(rows), k), -1, np.int64)
     pairs = None
     if q_cams is not None or g_cams is not None:
         if any(ids is None for ids in (q_pids, g_pids, q_cams, g_cams)):
-            raise ValueError("q_pids, g_pids, q_cams, g_cams: give all four to skip junk, or no cameras.")
+            raise ValueError("q_pids, g_pids, q_cams, g_cams: "
+                             "give all four to skip junk, or no cameras.")
         pairs = _Pairs(as_ids(q_pids, "q_pids", len(q))[rows], as_ids(g_pids, "g_pids", len(g)),
                        as_ids(q_cams, "q_cams", len(q))[rows], as_ids(g_cams, "g_cams", len(g)))
     if not len(rows): return out

@@ -18,14 +18,20 @@ from .neighbors import as_batch, as_ids, as_matrix, as_number
 def prototypes(feats,   # N x D features, L2-normalised
                labels,  # N labels, int64; -1 is left out
                ) -> np.ndarray:  # C x D float32, unit rows; row c is cluster c
-    "Mean of each cluster's features, L2-normalised (Cluster Contrast, section 3.2). ValueError when there is no cluster, or one without a member."
+    """Mean of each cluster's features, L2-normalised (Cluster Contrast, section 3.2).
+    ValueError when there is no cluster, or one without a member."""
     feats, labels = torch.from_numpy(as_matrix(feats)), torch.from_numpy(as_ids(labels))
-    if len(feats) != len(labels): raise ValueError(f"{len(feats)} features but {len(labels)} labels: one label per row is needed")
+    if len(feats) != len(labels):
+        raise ValueError(f"{len(feats)} features but {len(labels)} labels: "
+                         "one label per row is needed")
     kept = labels >= 0
-    if not kept.any(): raise ValueError("no cluster: every label is -1; loosen eps or lower min_samples")
+    if not kept.any():
+        raise ValueError("no cluster: every label is -1; loosen eps or lower min_samples")
     count = torch.bincount(labels[kept])
     empty = (count == 0).nonzero().flatten().tolist()
-    if empty: raise ValueError(f"clusters {empty[:5]} have no member: relabel to 0..{len(count) - len(empty) - 1} first")
+    if empty:
+        raise ValueError(f"clusters {empty[:5]} have no member: "
+                         f"relabel to 0..{len(count) - len(empty) - 1} first")
     sums = feats.new_zeros(len(count), feats.shape[1]).index_add_(0, labels[kept], feats[kept])
     return F.normalize(sums, dim=1).numpy()
 
@@ -39,7 +45,8 @@ def info_nce(feats,              # B x D, L2-normalised
     feats, targets = as_batch(feats, targets, len(memory))
     temperature = as_number(temperature, "temperature", 1e-4)
     if feats.shape[1] != memory.shape[1]:
-        raise ValueError(f"features have {feats.shape[1]} columns, the memory {memory.shape[1]}: use one model for both")
+        raise ValueError(f"features have {feats.shape[1]} columns, the memory {memory.shape[1]}: "
+                         "use one model for both")
     return F.cross_entropy(feats @ memory.T / temperature, targets)
 
 # %% ../nbs/07_memory.ipynb #0030abcd
@@ -60,19 +67,23 @@ def mean_update(memory,    # C x D, unit rows
     momentum = as_number(momentum, "momentum", 0, 1)
     targets = as_ids(targets, "targets", len(feats), 0, len(memory) - 1)
     if feats.shape[1:] != memory.shape[1:]:
-        raise ValueError(f"features {tuple(feats.shape)}, memory {tuple(memory.shape)}: the same width is needed")
+        raise ValueError(f"features {tuple(feats.shape)}, memory {tuple(memory.shape)}: "
+                         "the same width is needed")
     memory = memory.clone()
     for rows in _rounds(targets):
-        y, x = (torch.as_tensor(i).to(memory.device, non_blocking=True) for i in (targets[rows], rows))  # a GPU is not waited for
+        y, x = (torch.as_tensor(i).to(memory.device, non_blocking=True)  # a GPU is not waited for
+                for i in (targets[rows], rows))
         memory[y] = F.normalize(momentum * memory[y] + (1 - momentum) * feats[x], dim=1)
     return memory
 
 # %% ../nbs/07_memory.ipynb #0035abcd
 def hard_update(memory, feats, targets, momentum):  # as `mean_update`
-    "Per class of the batch, only the item least similar to its row writes; gives the new memory, C x D (Cluster Contrast's `hard`, MPRD)."
+    """Per class of the batch, only the item least similar to its row writes;
+    gives the new memory, C x D (Cluster Contrast's `hard`, MPRD)."""
     targets = as_ids(targets, "targets", len(feats), 0, len(memory) - 1)
     sim = (feats * memory[targets]).sum(1).cpu().numpy()
-    order = np.lexsort((sim, targets))  # by class, then by similarity; stable, so ties go to the earlier item
+    # by class, then by similarity; stable, so ties go to the earlier item
+    order = np.lexsort((sim, targets))
     rows = order[np.r_[True, np.diff(targets[order]) != 0]]
     return mean_update(memory, feats[rows], targets[rows], momentum)
 
@@ -80,17 +91,22 @@ def hard_update(memory, feats, targets, momentum):  # as `mean_update`
 UPDATES = {"mean": mean_update, "hard": hard_update}
 
 class ClusterMemory(nn.Module):
-    "One prototype per cluster: `loss = memory(features, targets)`, then `memory.update(features, targets)`."
+    """One prototype per cluster: `loss = memory(features, targets)`,
+    then `memory.update(features, targets)`."""
     def __init__(self,
                  prototypes,       # C x D, unit rows, as `memory.prototypes` makes them
-                 momentum=0.1,     # weight of the old row in an update, in [0, 1]; 1 keeps the memory fixed
+                 # weight of the old row in an update, in [0, 1]; 1 keeps the memory fixed
+                 momentum=0.1,
                  temperature=0.05, # of the softmax
-                 update="mean",    # "mean": every item writes; "hard": only the least similar item of each class
+                 # "mean": every item writes; "hard": only the least similar item of each class
+                 update="mean",
                  ):
         super().__init__()
-        if not isinstance(update, str) or update not in UPDATES: raise ValueError(f"update {update!r}: expected one of {sorted(UPDATES)}")
-        as_matrix(prototypes, "prototypes")
-        self.register_buffer("prototypes", torch.as_tensor(prototypes, dtype=torch.float32).clone())
+        if not isinstance(update, str) or update not in UPDATES:
+            raise ValueError(f"update {update!r}: expected one of {sorted(UPDATES)}")
+        as_matrix(prototypes, "prototypes")  # finite numbers, or an error
+        prototypes = torch.as_tensor(prototypes, dtype=torch.float32)
+        self.register_buffer("prototypes", prototypes.clone())
         self.momentum = as_number(momentum, "momentum", 0, 1)
         self.temperature, self.rule = as_number(temperature, "temperature", 1e-4), update
 
@@ -106,35 +122,43 @@ class ClusterMemory(nn.Module):
     def update(self, features, targets):
         "Write the batch into the prototypes by the chosen rule."
         features, targets = as_batch(features, targets, len(self.prototypes))
-        features, targets = F.normalize(features.detach().to(self.prototypes), dim=1), targets.cpu().numpy()
-        self.prototypes = UPDATES[self.rule](self.prototypes, features, targets, self.momentum)
+        features = F.normalize(features.detach().to(self.prototypes), dim=1)
+        targets, write = targets.cpu().numpy(), UPDATES[self.rule]
+        self.prototypes = write(self.prototypes, features, targets, self.momentum)
 
 # %% ../nbs/07_memory.ipynb #0047abcd
 class HybridMemory(nn.Module):
-    "SpCL's instance memory: class scores are mean similarities to the rows of a class (SpCL, section 3.1)."
+    """SpCL's instance memory: class scores are mean similarities to the rows of a class
+    (SpCL, section 3.1)."""
     def __init__(self,
                  features,         # N x D, unit rows, one per image
-                 labels,           # N labels from 0 up, gaps allowed; an outlier is a class of its own
+                 # N labels from 0 up, gaps allowed; an outlier is a class of its own
+                 labels,
                  momentum=0.2,     # weight of the old row
                  temperature=0.05,
                  ):
         super().__init__()
         n = len(as_matrix(features))
+        largest = max(100 * n, 10**6)  # the softmax has a column for every number up to it
+        labels = torch.from_numpy(as_ids(labels, "labels", n, 0, largest))
         self.register_buffer("features", torch.as_tensor(features, dtype=torch.float32).clone())
-        self.register_buffer("labels", torch.from_numpy(as_ids(labels, "labels", n, 0, max(n * 100, 10**6))))
+        self.register_buffer("labels", labels)
         self.momentum = as_number(momentum, "momentum", 0, 1)
-        self.temperature = as_number(temperature, "temperature", 0.01)  # below, e^(1 / temperature) overflows
+        # below 0.01, e^(1 / temperature) overflows
+        self.temperature = as_number(temperature, "temperature", 0.01)
 
     def forward(self,
                 features,  # B x D, L2-normalised
                 index,     # B row numbers of the batch's images
                 ):
-        """Softmax over class means of similarities, with the reference's 1e-6 in denominator and logarithm.
+        """Softmax over class means of similarities,
+        with the reference's 1e-6 in denominator and logarithm.
 
         A number that no image bears is no class: it has no share in the denominator."""
         features, index = as_batch(features, index, len(self.features))
         if features.shape[1] != self.features.shape[1]:
-            raise ValueError(f"features have {features.shape[1]} columns, the memory {self.features.shape[1]}")
+            raise ValueError(f"features have {features.shape[1]} columns, "
+                             f"the memory {self.features.shape[1]}: use one model for both")
         sims = features @ self.features.T / self.temperature
         count = torch.bincount(self.labels)
         sums = sims.new_zeros(len(sims), len(count)).index_add(1, self.labels, sims)
@@ -146,13 +170,15 @@ class HybridMemory(nn.Module):
     def update(self, features, index):
         "Each image of the batch writes its own row."
         features, index = as_batch(features, index, len(self.features))
-        self.features = mean_update(self.features, features.detach(), index.cpu().numpy(), self.momentum)
+        features, index = features.detach(), index.cpu().numpy()
+        self.features = mean_update(self.features, features, index, self.momentum)
 
 # %% ../nbs/07_memory.ipynb #0052abcd
 def soft_triplet_loss(features,  # B x D, not necessarily normalised
                       targets,   # B labels
                       ):         # scalar tensor
-    "Batch-hard triplet loss, Euclidean, mean of softplus(d_ap - d_an); the anchor counts among its own positives (PPLR, section 3)."
+    """Batch-hard triplet loss, Euclidean, mean of softplus(d_ap - d_an);
+    the anchor counts among its own positives (PPLR, section 3)."""
     features, targets = as_batch(features, targets)
     square = features.pow(2).sum(1)
     dist = (square[:, None] + square - 2 * features @ features.T).clamp(min=1e-12).sqrt()

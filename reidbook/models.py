@@ -259,7 +259,8 @@ def extract_features(model,           # gives (global, parts) for a batch, as Re
     "Features of all images in evaluation mode, each head L2-normalised on its own; the model's mode is left as it was."
     if not isinstance(images, (np.ndarray, torch.Tensor)) or images.ndim != 4 or 0 in images.shape:
         found = tuple(getattr(images, "shape", ())) or type(images).__name__
-        raise ValueError(f"images: found {found}, expected N x 3 x H x W uint8, N at least 1, as load_images returns.")
+        raise ValueError(f"images: found {found}, expected N x 3 x H x W uint8, N at least 1, "
+                         "as load_images returns.")
     if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise ValueError(f"batch_size: found {batch_size!r}, expected a whole number, at least 1.")
     device, training = pick_device(device), model.training

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'compiled', 'in_threads', 'as_array', 'as_matrix', 'full_precision', 'products', 'as_ids', 'as_lists',
-           'as_count', 'as_number', 'as_batch', 'knn', 'neighbor_lists', 'list_agreement', 'compiled_loosely',
-           'jaccard_similarity', 're_rank', 'recall_on_sample', 'knn_approximate']
+           'as_neighbors', 'as_count', 'as_number', 'as_batch', 'knn', 'neighbor_lists', 'list_agreement',
+           'compiled_loosely', 'jaccard_similarity', 're_rank', 'recall_on_sample', 'knn_approximate']
 
 # %% ../nbs/04_neighbors.ipynb #0003abcd
 from concurrent.futures import ThreadPoolExecutor
@@ -52,21 +52,25 @@ def as_array(values, name):  # numpy, torch (any device) or nested lists
     except (ValueError, TypeError): x = np.empty(0, object)  # rows of different lengths, or worse
     if x.dtype.kind in "biuf": return x
     found = f"{type(values).__name__} that holds {x.dtype}"
-    raise ValueError(f"{name}: found a {found}, expected numbers: give an array, a tensor or equally long lists.")
+    raise ValueError(f"{name}: found a {found}, expected numbers: "
+                     "give an array, a tensor or equally long lists.")
 
-LARGEST = 2e37                                               # squared length from which float32 products overflow
+LARGEST = 2e37  # squared length from which float32 products may overflow
 
 def as_matrix(
     features,         # N x D, numpy or torch, any float or integer type
     name="features",  # what to call it in an error
 ) -> np.ndarray:      # N x D float32, contiguous, finite
-    "Features as the engine wants them; ValueError names the rows that hold NaN, Inf or values too large to multiply."
+    """Features as the engine wants them;
+    ValueError names the rows that hold NaN, Inf or values too large to multiply."""
     with np.errstate(all="ignore"):
         x = np.asarray(as_array(features, name), dtype=np.float32, order="C")
         if x.ndim != 2 or not x.size:
-            raise ValueError(f"{name}: found shape {x.shape}, expected N x D with at least one row and one column; "
+            raise ValueError(f"{name}: found shape {x.shape}, expected N x D "
+                             "with at least one row and one column; "
                              "stack one feature vector per image.")
-        rows = np.flatnonzero(~(np.einsum("nd,nd->n", x, x) < LARGEST))  # no N x D mask
+        squares = np.einsum("nd,nd->n", x, x)                # a cheap look first: no N x D mask
+    rows = np.flatnonzero(~(squares < LARGEST))
     if not len(rows): return x
     broken = rows[~np.isfinite(x[rows]).all(axis=1)]
     shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
@@ -100,44 +104,67 @@ def products(left, right, out):
 
 # %% ../nbs/04_neighbors.ipynb #c0de4102
 def as_ids(
-    values,                                                  # N whole numbers, numpy, torch or a list; 3.0 is 3
-    name="labels",                                           # what to call them in an error
-    n=None,                                                  # how many there must be; None: any number
-    least=None, most=None,                                   # range, both ends included; None: open
-) -> np.ndarray:                                             # N int64
-    "Labels, identities, cameras or rows, one per image; ValueError for NaN, fractions, names, another length."
+    values,            # N whole numbers, numpy, torch or a list; 3.0 is 3
+    name="labels",     # what to call them in an error
+    n=None,            # how many there must be; None: any number
+    least=-2**63, most=2**63 - 1,  # range, both ends included
+) -> np.ndarray:       # N int64
+    """Labels, identities, cameras or rows, one per image;
+    ValueError for NaN, fractions, names, another length."""
     x = as_array(values, name)
     if x.ndim != 1 or n is not None and len(x) != n:
         expected = "(N,)" if n is None else f"({n},)"
-        raise ValueError(f"{name}: found shape {x.shape}, expected {expected}: one number per image is needed.")
-    whole = x.dtype.kind != "f" or bool((np.isfinite(x) & (x == np.trunc(x))).all())
-    if not whole: raise ValueError(f"{name}: found values that are not whole numbers, expected int64 (-1 for an outlier).")
-    if len(x) and not -2**63 <= int(x.min()) <= int(x.max()) < 2**63:
-        raise ValueError(f"{name}: found {x.max():.3g}, expected whole numbers that fit int64.")
-    x = x.astype(np.int64)
-    for bad, words in ((x < least if least is not None else None, f"at least {least}"),
-                       (x > most if most is not None else None, f"at most {most}")):
-        if bad is not None and bad.any(): raise ValueError(f"{name}: found {x[bad][0]}, expected {words}.")
-    return x
+        raise ValueError(f"{name}: found shape {x.shape}, expected {expected}: "
+                         "one number per image is needed.")
+    if x.dtype.kind == "f" and not (np.isfinite(x) & (x == np.trunc(x))).all():
+        raise ValueError(f"{name}: found values that are not whole numbers, "
+                         "expected int64 (-1 for an outlier).")
+    for end in (int(x.min()), int(x.max())) if len(x) else ():
+        if not least <= end <= most:
+            raise ValueError(f"{name}: found {end:.10g}, expected {least} to {most}.")
+    return x.astype(np.int64)
 
 def as_lists(
-    indices,                                                 # N x k whole numbers
-    name="indices",
-    most=None,                                               # largest index; None: N - 1
-) -> np.ndarray:                                             # N x k integers, their type kept
+    indices,         # N x k whole numbers
+    name="indices",  # what to call them in an error
+    most=None,       # largest index; None: N - 1
+) -> np.ndarray:     # N x k integers, their type kept
     "Neighbour lists; ValueError when an entry is no row."
     x = as_array(indices, name)
-    if x.ndim != 2: raise ValueError(f"{name}: found shape {x.shape}, expected N x k, one list per image.")
+    if x.ndim != 2:
+        raise ValueError(f"{name}: found shape {x.shape}, expected N x k, one list per image.")
     most = len(x) - 1 if most is None else most
-    if x.dtype.kind not in "iu" or x.size and not 0 <= x.min() <= x.max() <= most:
-        found = x.dtype if x.dtype.kind not in "iu" else f"{x.min()} to {x.max()}"
-        raise ValueError(f"{name}: found {found}, expected whole numbers from 0 to {most}, as `knn` gives them.")
+    whole = x.dtype.kind in "iu"
+    if not whole or x.size and not 0 <= x.min() <= x.max() <= most:
+        found = f"{x.min()} to {x.max()}" if whole else x.dtype
+        raise ValueError(f"{name}: found {found}, "
+                         f"expected whole numbers from 0 to {most}, as `knn` gives them.")
     return x
 
+def as_neighbors(
+    pair,    # (similarities, indices), N x k each
+    n=None,  # how many rows there must be; None: any number
+):           # both as numpy, their types kept
+    "Neighbour lists with their similarities; ValueError when they are not what `knn` gives."
+    try: similarities, indices = pair
+    except (TypeError, ValueError):
+        raise ValueError(f"neighbors: found a {type(pair).__name__}, "
+                         "expected the pair (similarities, indices) that `knn` gives.") from None
+    indices = as_lists(indices)
+    as_matrix(similarities, "similarities")                  # finite, or an error
+    similarities = as_array(similarities, "similarities")
+    if similarities.shape != indices.shape or n not in (None, len(indices)):
+        raise ValueError(f"similarities {similarities.shape} and indices {indices.shape}: "
+                         f"expected two {n or 'N'} x k tables, as `knn` gives them.")
+    return similarities, indices
+
+# %% ../nbs/04_neighbors.ipynb #c0de4104
 def as_count(value, name, least=1, most=None) -> int:
     "A whole number in a range, both ends included; 3.0 is 3."
-    try: count = int(value) if not isinstance(value, (bool, str, bytes)) and int(value) == value else None
-    except (TypeError, ValueError, OverflowError, RuntimeError): count = None
+    count = None
+    try:
+        if not isinstance(value, (bool, str, bytes)) and int(value) == value: count = int(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError): pass
     if count is None or count < least or most is not None and count > most:
         expected = f"at least {least}" if most is None else f"{least} to {most}"
         raise ValueError(f"{name}: found {value!r:.50}, expected a whole number, {expected}.")
@@ -145,25 +172,31 @@ def as_count(value, name, least=1, most=None) -> int:
 
 def as_number(value, name, least=-np.inf, most=np.inf) -> float:
     "A finite number in a range, both ends included."
-    try: number = float(value) if not isinstance(value, (bool, str, bytes)) else np.nan
-    except (TypeError, ValueError, OverflowError, RuntimeError): number = np.nan
+    number = np.nan
+    try:
+        if not isinstance(value, (bool, str, bytes)): number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError): pass
     if not (np.isfinite(number) and least <= number <= most):
-        raise ValueError(f"{name}: found {value!r:.50}, expected a number from {least:g} to {most:g}.")
+        raise ValueError(f"{name}: found {value!r:.50}, "
+                         f"expected a finite number, {least:g} to {most:g}.")
     return number
 
 def as_batch(
-    features,                                                # B x D
-    targets,                                                 # B labels
-    classes=None,                                            # targets are below this; None: not asked
-):                                                           # tensors on the device of the features
+    features,               # B x D
+    targets,                # B labels
+    classes=None,           # targets are below this; None: any whole number
+    name="targets",         # what to call them in an error
+):                          # tensors on the device of the features
     "A batch for a loss. Numbers on a GPU are not looked at: that would wait for it."
-    if not torch.is_tensor(features): features = torch.from_numpy(as_array(features, "features").copy())
+    if not torch.is_tensor(features):
+        features = torch.from_numpy(as_array(features, "features").copy())
     if not features.is_floating_point(): features = features.float()
     if features.ndim != 2 or not features.numel():
-        raise ValueError(f"features: found shape {tuple(features.shape)}, expected B x D, at least one row and one column.")
+        raise ValueError(f"features: found shape {tuple(features.shape)}, "
+                         "expected B x D, at least one row and one column.")
     if not torch.is_tensor(targets) or targets.device.type == "cpu":
-        most = None if classes is None else classes - 1
-        targets = torch.from_numpy(as_ids(targets, "targets", len(features), 0, most))
+        ends = () if classes is None else (0, classes - 1)
+        targets = torch.from_numpy(as_ids(targets, name, len(features), *ends))
     return features, targets.to(features.device, non_blocking=True)
 
 # %% ../nbs/04_neighbors.ipynb #0025abcd
@@ -624,15 +657,6 @@ def _half_norms(x):
     half = np.einsum("nd,nd->n", x, x) / 2
     return None if np.abs(2 * half - 1).max() < 1e-3 else half
 
-def _given_lists(neighbors, n):
-    "(similarities, indices) as `knn` gives them for n rows, checked."
-    try: sims, rank = neighbors
-    except (TypeError, ValueError):
-        raise ValueError("neighbors: expected the pair (similarities, indices) that `knn` gives.") from None
-    sims, rank = as_matrix(sims, "similarities"), as_lists(rank)
-    if len(rank) == n and sims.shape == rank.shape: return sims, rank
-    raise ValueError(f"neighbors: found {sims.shape} similarities and {rank.shape} indices, expected N x k of the {n} rows.")
-
 def jaccard_similarity(
     features,                     # N x D, rows of unit length
     k1: int = 30,                 # neighbours per list, self included
@@ -651,9 +675,9 @@ def jaccard_similarity(
     k1, k2 = as_count(k1, "k1"), as_count(k2, "k2")
     x, min_similarity = as_matrix(features), as_number(min_similarity, "min_similarity", 0)
     offsets = _half_norms(x)
-    if neighbors is not None: sims, rank = (a[:, :k1] for a in _given_lists(neighbors, len(x)))
+    if neighbors is not None: sims, rank = (a[:, :k1] for a in as_neighbors(neighbors, len(x)))
     else:
-        sims, rank = _search(x, min(int(k1), len(x)), device, offsets)
+        sims, rank = _search(x, min(k1, len(x)), device, offsets)
         if offsets is not None: sims = sims + offsets[:, None] + offsets[rank]
     sims = np.ascontiguousarray(sims, np.float32)
     minus_squared_distance = lambda rows, cols, dots: 2 * dots - 2
@@ -729,7 +753,8 @@ def recall_on_sample(
     "Recall of neighbour lists against an exact search for a random sample of the rows."
     x, idx = as_matrix(features), as_lists(idx, "idx")
     if len(idx) != len(x) or not idx.size:
-        raise ValueError(f"idx: found shape {idx.shape}, expected N x k for the {len(x)} rows of features.")
+        raise ValueError(f"idx: found shape {idx.shape}, "
+                         f"expected N x k for the {len(x)} rows of features.")
     k, sample, seed = idx.shape[1], as_count(sample, "sample"), as_count(seed, "seed", 0)
     rows = np.random.default_rng(seed).choice(len(x), min(sample, len(x)), replace=False)
     q, best_s, best_j = torch.from_numpy(x[rows]), None, None
@@ -763,7 +788,8 @@ def knn_approximate(
     x = as_matrix(features)
     n, k = len(x), min(as_count(k, "k"), len(x))
     cells = min(n, int(4 * n ** .5)) if cells is None else as_count(cells, "cells", 1, n)
-    probes, sample, seed = as_count(probes, "probes"), as_count(sample, "sample"), as_count(seed, "seed", 0, 2**31 - 2)
+    probes, sample = as_count(probes, "probes"), as_count(sample, "sample")
+    seed = as_count(seed, "seed", 0, 2**31 - 2)
     faiss.omp_set_num_threads(torch.get_num_threads())
     middles = faiss.IndexFlatIP(x.shape[1])
     index = faiss.IndexIVFFlat(middles, x.shape[1], cells, faiss.METRIC_INNER_PRODUCT)

@@ -152,7 +152,8 @@ def _cluster_table(t, kinds, cams) -> pd.DataFrame:
     if cams is not None:
         kept = t.cell >= 0
         of = t.cluster[t.cell[kept]]
-        table["cameras"] = np.bincount(np.unique(np.stack([of, as_ids(cams, "cams")[kept]]), axis=1)[0], minlength=len(size))
+        seen = np.unique(np.stack([of, as_ids(cams, "cams")[kept]]), axis=1)
+        table["cameras"] = np.bincount(seen[0], minlength=len(size))
         table["camera_split"] = np.bincount(of, kinds[kept] == "camera split", minlength=len(size)) > 0
     return table.set_index("cluster")
 
@@ -178,7 +179,8 @@ def noise_table(labels,     # N pseudo labels, -1 = outlier
     kinds, t = noise_kinds(labels, pids, cams), contingency(labels, pids)
     count = np.array([(kinds == k).sum() for k in KINDS])
     shares = pd.DataFrame({"label is": KINDS, "images": count, "share": count / max(len(kinds), 1)}).set_index("label is")
-    return NoiseTables(shares, _cluster_table(t, kinds, cams), _identity_table(t, as_ids(pids, "pids"), kinds))
+    identities = _identity_table(t, as_ids(pids, "pids"), kinds)
+    return NoiseTables(shares, _cluster_table(t, kinds, cams), identities)
 
 # %% ../nbs/06_noise.ipynb #0070abcd
 def plot_kinds(labels,     # N labels, or a dict name -> labels to compare
@@ -335,7 +337,8 @@ def plot_map(xy,      # N x 2, a projection made elsewhere
     "The same points coloured by person and by cluster; outliers grey. Returns the figure."
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.8), sharex=True, sharey=True)
     colours = np.array(plt.rcParams["axes.prop_cycle"].by_key()["color"])
-    for ax, group, title in zip(axes, (as_ids(pids, "pids"), as_ids(labels, "labels")), ("by person", "by cluster")):
+    groups = {"by person": as_ids(pids, "pids"), "by cluster": as_ids(labels, "labels")}
+    for ax, (title, group) in zip(axes, groups.items()):
         ax.scatter(*xy[group < 0].T, c="0.8", s=8, linewidths=0)
         for value in np.unique(group[group >= 0]):
             marker = "os^Dv*P"[value // len(colours) % 7]

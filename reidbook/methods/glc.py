@@ -211,12 +211,14 @@ def decode(pairs,            # 2 x E directed (i, j)
     "Labels from scored links: a threshold, intimacy, connected components (Yan et al. 2022, after STAR-FC)."
     n, scores, pairs = as_count(n, "n", 0), as_array(scores, "scores"), as_array(pairs, "pairs")
     if scores.ndim != 1 or pairs.shape != (2, len(scores)) or not np.isfinite(scores).all():
-        raise ValueError(f"pairs {pairs.shape}, scores {scores.shape}: expected 2 x E pairs and E finite scores")
+        raise ValueError(f"pairs {pairs.shape}, scores {scores.shape}: "
+                         "expected 2 x E pairs and E finite scores")
     pairs = as_ids(pairs.ravel(), "pairs", None, 0, n - 1).reshape(2, -1)
     t1, t2, min_size = as_number(t1, "t1"), as_number(t2, "t2"), as_count(min_size, "min_size")
     if not n: return np.zeros(0, np.int64)
     end = len(scores) - len(scores) % 65 if drop_tail else len(scores)
-    return components(intimate_links(believed_links(pairs[:, :end], scores[:end], n, t1), t2), min_size)
+    believed = believed_links(pairs[:, :end], scores[:end], n, t1)
+    return components(intimate_links(believed, t2), min_size)
 
 # %% ../../nbs/14_methods.glc.ipynb #0056abcd
 def correction(features,      # N x D, all images, numpy or torch
@@ -232,7 +234,8 @@ def correction(features,      # N x D, all images, numpy or torch
                seed=0, device="auto",
                ):             # labels, pairs, scores, largest (images in the largest component), note
     "GLC with everything it found on the way. Empty or swallowing results give the labels back as they were, and `note` says why."
-    x, given, device = unit(features), as_ids(labels, "labels", len(as_matrix(features))), pick_device(device)
+    x, device = unit(features), pick_device(device)
+    given = as_ids(labels, "labels", len(x))
     labels = np.full(len(x), -1)
     labelled = np.flatnonzero(given >= 0)
     labels[labelled] = np.unique(given[labelled], return_inverse=True)[1]

@@ -31,7 +31,7 @@ def _cells(a, b):
 
 def _alone(labels):
     "Labels in which every outlier is a cluster of its own."
-    labels = as_ids(labels).copy()
+    labels = as_ids(labels)
     outliers = labels < 0
     labels[outliers] = max(labels.max(initial=-1) + 1, 0) + np.arange(outliers.sum())
     return labels

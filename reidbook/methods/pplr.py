@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'PER_DATASET', 'METHOD', 'cross_agreement', 'as_tensors', 'part_batch', 'refined_labels', 'pglr_loss',
-           'aals_loss', 'smoothed_loss', 'camera_proxies', 'inter_camera_loss', 'stacked_heads', 'class_means',
-           'add_classifiers', 'remove_classifiers', 'PPLR', 'label_losses', 'camera_losses']
+           'aals_loss', 'smoothed_loss', 'camera_proxies', 'camera_batch', 'inter_camera_loss', 'stacked_heads',
+           'class_means', 'add_classifiers', 'remove_classifiers', 'PPLR', 'label_losses', 'camera_losses']
 
 # %% ../../nbs/11_methods.pplr.ipynb #0003abcd
 import numpy as np
@@ -15,7 +15,8 @@ from torch import nn
 from ..clustering import dbscan, min_similarity
 from ..memory import prototypes, soft_triplet_loss
 from ..models import create_model
-from ..neighbors import as_array, as_batch, as_count, as_number, jaccard_similarity, list_agreement, neighbor_lists
+from ..neighbors import (
+    as_array, as_batch, as_count, as_number, jaccard_similarity, list_agreement, neighbor_lists)
 from ..training import DATASETS, Method, SYNTHETIC
 
 # %% ../../nbs/11_methods.pplr.ipynb #0016abcd
@@ -26,9 +27,11 @@ def cross_agreement(global_features,  # N x D, unit rows
                     compat=False,     # drop the first of each list whatever it is, as the released code does
                     ) -> np.ndarray:  # N x P float32 in [0, 1]
     "How far the neighbours of a part are the neighbours of the whole: intersection over union of the two lists (Cho et al. 2022)."
-    global_features, part_features = as_array(global_features, "global features"), as_array(part_features, "part features")
+    global_features = as_array(global_features, "global features")
+    part_features = as_array(part_features, "part features")
     if part_features.ndim != 3 or len(part_features) != len(global_features):
-        raise ValueError(f"global features {tuple(global_features.shape)}, part features {tuple(part_features.shape)}: "
+        raise ValueError(f"global features {global_features.shape}, "
+                         f"part features {part_features.shape}: "
                          "expected N x D and N x P x D of the same images")
     lists = neighbor_lists(global_features, k, device=device, compat=compat)
     parts = [part_features[:, p] for p in range(part_features.shape[1])]
@@ -37,17 +40,20 @@ def cross_agreement(global_features,  # N x D, unit rows
 # %% ../../nbs/11_methods.pplr.ipynb #0024abcd
 def as_tensors(first, *rest):
     "Tensors on the device of the first, floating point ones in its precision."
-    first, *rest = (x if torch.is_tensor(x) else torch.from_numpy(as_array(x, "a batch").copy()) for x in (first, *rest))
-    first = first if first.is_floating_point() else first.float()
-    rest = [r.to(first.device) for r in rest]
-    return first, *(r.to(first.dtype) if r.is_floating_point() else r for r in rest)
+    tensor = lambda x: x if torch.is_tensor(x) else torch.from_numpy(as_array(x, "a batch").copy())
+    first, rest = tensor(first), [tensor(x) for x in rest]
+    if not first.is_floating_point(): first = first.float()
+    rest = [x.to(first.device) for x in rest]
+    return first, *(x.to(first.dtype) if x.is_floating_point() else x for x in rest)
 
 def part_batch(part_logits, targets, scores):
     "The three as tensors; ValueError when they are not B x P x C, B labels and B x P."
-    part_logits, scores, *_ = as_tensors(part_logits, scores)
-    if part_logits.ndim != 3 or scores.shape != part_logits.shape[:2] or not part_logits.numel():
-        raise ValueError(f"part_logits {tuple(part_logits.shape)}, scores {tuple(scores.shape)}: expected B x P x C and B x P")
-    return part_logits, as_batch(part_logits.flatten(1), targets, part_logits.shape[2])[1], scores
+    part_logits, scores = as_tensors(part_logits, scores)
+    found = tuple(part_logits.shape)
+    if len(found) != 3 or scores.shape != found[:2] or 0 in found:
+        raise ValueError(f"part_logits {found}, scores {tuple(scores.shape)}: "
+                         "expected B x P x C and B x P")
+    return part_logits, as_batch(part_logits[:, 0], targets, found[2])[1], scores
 
 # %% ../../nbs/11_methods.pplr.ipynb #0025abcd
 def refined_labels(part_logits,  # B x P x C
@@ -73,7 +79,8 @@ def pglr_loss(logits,       # B x C of the global head
     logits, part_logits, targets, scores = as_tensors(logits, part_logits, targets, scores)
     refined = refined_labels(part_logits, targets, scores, beta)
     if logits.shape != refined.shape:
-        raise ValueError(f"logits {tuple(logits.shape)}, part_logits {tuple(part_logits.shape)}: expected B x C and B x P x C")
+        raise ValueError(f"logits {tuple(logits.shape)}, part_logits {tuple(part_logits.shape)}: "
+                         "expected B x C and B x P x C")
     return F.cross_entropy(logits, refined)
 
 # %% ../../nbs/11_methods.pplr.ipynb #0031abcd
@@ -109,6 +116,11 @@ def camera_proxies(features,  # N x D, unit rows
     return prototypes(np.asarray(features)[kept], group.reshape(-1)), *pairs
 
 # %% ../../nbs/11_methods.pplr.ipynb #0044abcd
+def camera_batch(features, pids, cams):
+    "Features with a cluster and a camera each, as tensors."
+    features, pids = as_batch(features, pids)
+    return features, pids, as_batch(features, cams, name="cams")[1]
+
 def inter_camera_loss(features,    # B x D; normalised here
                       targets,     # B clusters
                       cams,        # B cameras
@@ -120,13 +132,14 @@ def inter_camera_loss(features,    # B x D; normalised here
                       compat=False,  # too few negatives are filled up from the own cluster; images without a positive count in the mean
                       ):           # scalar
     "Towards the own cluster in other cameras, away from similar clusters (Cho et al. 2022); mean over the images that have a positive."
-    features, targets = as_batch(features, targets)
-    proxies, proxy_pids = as_batch(proxies, proxy_pids)
-    cams, proxy_cams = as_batch(features, cams)[1], as_batch(proxies, proxy_cams)[1]
+    features, proxies = as_tensors(features, proxies)
+    features, targets, cams = camera_batch(features, targets, cams)
+    proxies, proxy_pids, proxy_cams = camera_batch(proxies, proxy_pids, proxy_cams)
     if proxies.shape[1] != features.shape[1]:
-        raise ValueError(f"features have {features.shape[1]} columns, proxies {proxies.shape[1]}: use one model for both")
-    temperature, hard_negatives = as_number(temperature, "temperature", 1e-4), as_count(hard_negatives, "hard_negatives", 0)
-    features, proxies, targets, cams, proxy_pids, proxy_cams = as_tensors(features, proxies, targets, cams, proxy_pids, proxy_cams)
+        raise ValueError(f"features have {features.shape[1]} columns, proxies {proxies.shape[1]}: "
+                         "use one model for both")
+    temperature = as_number(temperature, "temperature", 1e-4)
+    hard_negatives = as_count(hard_negatives, "hard_negatives", 0)
     same = targets[:, None] == proxy_pids
     positive = same & (cams[:, None] != proxy_cams)
     rows = positive.any(1)

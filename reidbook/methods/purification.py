@@ -34,12 +34,12 @@ def fuse(global_,  # N x N similarities or distances of the whole image: numpy, 
          lambda1,  # weight of each half, in [0, 0.5]; the whole keeps 1 - 2 lambda1
          ):        # of the same type and shape as the inputs
     "One matrix from three: (1 - 2 lambda1) whole + lambda1 upper + lambda1 lower (Lan et al. 2023, feature purification). ValueError on a weight outside [0, 0.5] or unequal shapes."
-    lambda1 = as_number(lambda1, "lambda1", 0, 0.5)
-    views = [view if sp.issparse(view) or torch.is_tensor(view) else as_array(view, "a view") for view in (global_, upper, lower)]
-    global_, upper, lower = views
+    w = as_number(lambda1, "lambda1", 0, 0.5)
+    given = lambda x: x if sp.issparse(x) or torch.is_tensor(x) else as_array(x, "a view")
+    global_, upper, lower = given(global_), given(upper), given(lower)
     if not global_.shape == upper.shape == lower.shape:
-        raise ValueError(f"shapes {global_.shape}, {upper.shape}, {lower.shape}: the three views must be of the same images")
-    w = float(lambda1)
+        raise ValueError(f"shapes {global_.shape}, {upper.shape}, {lower.shape}: "
+                         "the three views must be of the same images")
     fused = (1 - 2 * w) * global_ + w * upper + w * lower
     return fused.asformat(global_.format) if sp.issparse(fused) else fused
 
