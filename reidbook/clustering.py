@@ -32,6 +32,7 @@ def as_graph(
 ) -> sp.csr_matrix:
     "A similarity matrix as CSR; ValueError when it is not square, or not numbers."
     if not sp.issparse(similarity): similarity = as_array(similarity, "similarity")
+    if similarity.dtype == np.float16: similarity = similarity.astype(np.float32)
     shape = similarity.shape
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(f"similarity: found shape {shape}, expected N x N; "

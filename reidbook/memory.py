@@ -47,7 +47,7 @@ def info_nce(feats,              # B x D, L2-normalised
     if feats.shape[1] != memory.shape[1]:
         raise ValueError(f"features have {feats.shape[1]} columns, the memory {memory.shape[1]}: "
                          "use one model for both")
-    return F.cross_entropy(feats @ memory.T / temperature, targets)
+    return F.cross_entropy(feats.to(memory.dtype) @ memory.T / temperature, targets)
 
 # %% ../nbs/07_memory.ipynb #0030abcd
 def _rounds(targets):
@@ -159,7 +159,7 @@ class HybridMemory(nn.Module):
         if features.shape[1] != self.features.shape[1]:
             raise ValueError(f"features have {features.shape[1]} columns, "
                              f"the memory {self.features.shape[1]}: use one model for both")
-        sims = features @ self.features.T / self.temperature
+        sims = features.to(self.features.dtype) @ self.features.T / self.temperature
         count = torch.bincount(self.labels)
         sums = sims.new_zeros(len(sims), len(count)).index_add(1, self.labels, sims)
         scores = sums / count.clamp(min=1)
@@ -170,7 +170,7 @@ class HybridMemory(nn.Module):
     def update(self, features, index):
         "Each image of the batch writes its own row."
         features, index = as_batch(features, index, len(self.features))
-        features, index = features.detach(), index.cpu().numpy()
+        features, index = features.detach().to(self.features), index.cpu().numpy()
         self.features = mean_update(self.features, features, index, self.momentum)
 
 # %% ../nbs/07_memory.ipynb #0052abcd

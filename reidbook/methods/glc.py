@@ -209,7 +209,7 @@ def decode(pairs,            # 2 x E directed (i, j)
            drop_tail=False,  # released code: the last E mod 65 pairs are never read
            ):                # n int64, -1 for outliers
     "Labels from scored links: a threshold, intimacy, connected components (Yan et al. 2022, after STAR-FC)."
-    n, scores, pairs = as_count(n, "n", 0), as_array(scores, "scores"), as_array(pairs, "pairs")
+    n, scores, pairs = as_count(n, "n", 0, 10**8), as_array(scores, "scores"), as_array(pairs, "pairs")
     if scores.ndim != 1 or pairs.shape != (2, len(scores)) or not np.isfinite(scores).all():
         raise ValueError(f"pairs {pairs.shape}, scores {scores.shape}: "
                          "expected 2 x E pairs and E finite scores")

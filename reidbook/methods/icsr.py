@@ -45,7 +45,7 @@ def information_nodes(scores,        # N, from `node_scores`
     scores, labels = as_array(scores, "scores").astype(np.float64), as_ids(labels)
     if scores.shape != labels.shape or not np.isfinite(scores).all():
         raise ValueError(f"scores: found shape {scores.shape}, NaN or Inf, "
-                         f"expected a finite number for each of the {len(labels)} labels")
+                         f"expected {len(labels)} finite numbers, one per image")
     if str(rule) not in ("max", "last"):
         raise ValueError(f"rule {rule!r}: expected max (the best score) or "
                          "last (the last above the mean, as released)")
@@ -72,7 +72,7 @@ def refine_labels(labels,        # N global labels, -1 for outliers
                   ) -> np.ndarray:  # N int64 labels; images struck out have -1
     "Each node strikes out the images of its own camera and global cluster that are in another local cluster (ICSR)."
     need_cameras(cams)
-    old, rate = as_ids(labels), as_number(rate, "rate", 0, 1)
+    old, rate = np.maximum(as_ids(labels), -1), as_number(rate, "rate", 0, 1)
     n = len(old)
     cams, local = as_ids(cams, "cams", n), as_ids(local_labels, "local_labels", n)
     if not isinstance(nodes, dict):

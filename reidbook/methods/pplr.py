@@ -16,7 +16,7 @@ from ..clustering import dbscan, min_similarity
 from ..memory import prototypes, soft_triplet_loss
 from ..models import create_model
 from ..neighbors import (
-    as_array, as_batch, as_count, as_number, jaccard_similarity, list_agreement, neighbor_lists)
+    as_array, as_batch, as_count, as_matrix, as_number,    jaccard_similarity, list_agreement, neighbor_lists)
 from ..training import DATASETS, Method, SYNTHETIC
 
 # %% ../../nbs/11_methods.pplr.ipynb #0016abcd
@@ -27,7 +27,7 @@ def cross_agreement(global_features,  # N x D, unit rows
                     compat=False,     # drop the first of each list whatever it is, as the released code does
                     ) -> np.ndarray:  # N x P float32 in [0, 1]
     "How far the neighbours of a part are the neighbours of the whole: intersection over union of the two lists (Cho et al. 2022)."
-    global_features = as_array(global_features, "global features")
+    global_features = as_matrix(global_features, "global features")
     part_features = as_array(part_features, "part features")
     if part_features.ndim != 3 or len(part_features) != len(global_features):
         raise ValueError(f"global features {global_features.shape}, "
@@ -53,7 +53,7 @@ def part_batch(part_logits, targets, scores):
     if len(found) != 3 or scores.shape != found[:2] or 0 in found:
         raise ValueError(f"part_logits {found}, scores {tuple(scores.shape)}: "
                          "expected B x P x C and B x P")
-    return part_logits, as_batch(part_logits[:, 0], targets, found[2])[1], scores
+    return part_logits, as_batch(part_logits[:, 0], targets, found[2])[1], scores.to(part_logits.dtype)
 
 # %% ../../nbs/11_methods.pplr.ipynb #0025abcd
 def refined_labels(part_logits,  # B x P x C

@@ -35,8 +35,13 @@ def fuse(global_,  # N x N similarities or distances of the whole image: numpy, 
          ):        # of the same type and shape as the inputs
     "One matrix from three: (1 - 2 lambda1) whole + lambda1 upper + lambda1 lower (Lan et al. 2023, feature purification). ValueError on a weight outside [0, 0.5] or unequal shapes."
     w = as_number(lambda1, "lambda1", 0, 0.5)
-    given = lambda x: x if sp.issparse(x) or torch.is_tensor(x) else as_array(x, "a view")
-    global_, upper, lower = given(global_), given(upper), given(lower)
+    kinds = {"sparse" if sp.issparse(x) else "tensor" if torch.is_tensor(x) else "array"
+             for x in (global_, upper, lower)}
+    if len(kinds) > 1:
+        raise ValueError(f"found {' and '.join(sorted(kinds))} among the three views, "
+                         "expected three of one kind: convert them first")
+    if kinds == {"array"}:
+        global_, upper, lower = (as_array(x, "a view") for x in (global_, upper, lower))
     if not global_.shape == upper.shape == lower.shape:
         raise ValueError(f"shapes {global_.shape}, {upper.shape}, {lower.shape}: "
                          "the three views must be of the same images")
