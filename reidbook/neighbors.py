@@ -52,7 +52,7 @@ def as_array(values, name):  # numpy, torch (any device) or nested lists
     except (ValueError, TypeError): x = np.empty(0, object)  # rows of different lengths, or worse
     if x.dtype.kind in "biuf": return x
     found = f"{type(values).__name__} that holds {x.dtype}"
-    raise ValueError(f"{name}: found a {found}, expected numbers: "
+    raise ValueError(f"{name}: found {found}, expected numbers: "
                      "give an array, a tensor or equally long lists.")
 
 LARGEST = 2e37  # squared length from which float32 products may overflow
@@ -148,7 +148,7 @@ def as_neighbors(
     "Neighbour lists with their similarities; ValueError when they are not what `knn` gives."
     try: similarities, indices = pair
     except (TypeError, ValueError):
-        raise ValueError(f"neighbors: found a {type(pair).__name__}, "
+        raise ValueError(f"neighbors: found {type(pair).__name__}, "
                          "expected the pair (similarities, indices) that `knn` gives.") from None
     indices = as_lists(indices)
     as_matrix(similarities, "similarities")                  # finite, or an error

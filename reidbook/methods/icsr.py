@@ -76,7 +76,7 @@ def refine_labels(labels,        # N global labels, -1 for outliers
     n = len(old)
     cams, local = as_ids(cams, "cams", n), as_ids(local_labels, "local_labels", n)
     if not isinstance(nodes, dict):
-        raise ValueError(f"nodes: found a {type(nodes).__name__}, "
+        raise ValueError(f"nodes: found {type(nodes).__name__}, "
                          "expected a dict cluster -> image, from information_nodes")
     as_ids(list(nodes.values()), "nodes", None, 0, n - 1)
     if draws is not None and as_array(draws, "draws").shape != (n,):
