@@ -63,8 +63,11 @@ def planned(wanted, root=None, device="auto", processes=1):
     run = runs.describe(**wanted, root=root, device=device)
     check(processes, run.settings, device)
     folder = runs.runs_dir() / run.name
-    done = runs.run_status(folder)[0] == "done" and (folder / "run.ipynb").exists()
-    return SimpleNamespace(name=run.name, out=folder, words=run_words(wanted, root, device, processes), epochs=run.settings["epochs"],
+    log = folder / "log.txt"
+    if log.exists() and not log.is_file(): raise ValueError(f"{log} is no file: take it away")
+    done = runs.run_status(folder)[0] == "done" and (folder / "run.ipynb").is_file()
+    words = run_words(wanted, root, device, processes)
+    return SimpleNamespace(name=run.name, out=folder, words=words, epochs=run.settings["epochs"],
                            state="done" if done else "waiting", why="")
 
 # %% ../nbs/20b_batch.ipynb #0021abcd
@@ -85,11 +88,12 @@ def plan_batch(wanted,        # list from `grid` or `read_grid`
 # %% ../nbs/20b_batch.ipynb #0025abcd
 def progress(run) -> dict:
     "A run's row in the table: state, epochs, the last mAP."
-    try: records = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError): records = []
-    tested = [r["mAP"] for r in records if "mAP" in r]
-    seconds = sum(v for r in records for k, v in r.items() if k.startswith("seconds"))
-    return {"run": run.name, "state": run.state, "epoch": f"{len(records)}/{max(run.epochs, len(records))}", "mAP": f"{tested[-1]:.1%}" if tested else "",
+    records, _ = runs.read_records(run.out)
+    tested = [r["mAP"] for r in records if r.get("mAP") is not None]
+    seconds = sum(v or 0.0 for r in records for k, v in r.items() if k.startswith("seconds"))
+    return {"run": run.name, "state": run.state,
+            "epoch": f"{len(records)}/{max(run.epochs, len(records))}",
+            "mAP": f"{tested[-1]:.1%}" if tested else "",
             "minutes": f"{seconds / 60:.1f}" if records else "", "": run.why[:80]}
 
 # %% ../nbs/20b_batch.ipynb #0030abcd
@@ -175,8 +179,9 @@ def outcome(run, code):
     "State and reason of a run that has ended with this exit code."
     status, why = runs.run_status(run.out)
     if code == 0: run.state, run.why = "done", ""; return
-    said = (run.out / "log.txt").read_text(errors="replace").splitlines() or [f"exit code {code}"]
-    run.state, run.why = "failed", f"{why if status == 'failed' else said[-1]} (see {run.out / 'log.txt'})"
+    said = runs.last_lines(run.out / "log.txt", 1) or [f"exit code {code}"]
+    why = runs.printable(why if status == "failed" else said[-1])
+    run.state, run.why = "failed", f"{why} (see {run.out / 'log.txt'})"
 
 # %% ../nbs/20b_batch.ipynb #0055abcd
 def fill(waiting, places, running):

@@ -260,7 +260,7 @@ def test_a_caption_on_two_lines_reaches_the_page(small):
 def test_without_nbdev_one_line_says_what_to_install(small):
     code = "import sys; sys.modules['nbdev'] = None; import reidbook.site as s; s.importlib.util.find_spec = lambda name: None; s.build_site(root=sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, small], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode and done.stderr.strip().endswith("ValueError: the site needs nbdev: pip install 'reidbook[site]'")
+    assert done.returncode and done.stderr.strip().endswith("ValueError: the site needs nbdev and pypandoc: pip install 'reidbook[site]'")
 
 
 def test_a_folder_that_is_no_site_is_not_replaced(small, tmp_path):
