@@ -90,9 +90,9 @@ def progress(run) -> dict:
     "A run's row in the table: state, epochs, the last mAP."
     records, _ = runs.read_records(run.out)
     tested = [r["mAP"] for r in records if r.get("mAP") is not None]
-    seconds = sum(v or 0.0 for r in records for k, v in r.items() if k.startswith("seconds"))
-    return {"run": run.name, "state": run.state,
-            "epoch": f"{len(records)}/{max(run.epochs, len(records))}",
+    epochs = f"{len(records)}/{max(run.epochs, len(records))}"
+    seconds = sum(map(runs.epoch_seconds, records))
+    return {"run": run.name, "state": run.state, "epoch": epochs,
             "mAP": f"{tested[-1]:.1%}" if tested else "",
             "minutes": f"{seconds / 60:.1f}" if records else "", "": run.why[:80]}
 
