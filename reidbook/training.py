@@ -84,7 +84,8 @@ class Setting:
                   f"above {self.above:g}" if self.above is not None else "",
                   f"to {self.high:g}" if self.high is not None else ""]
         bounds = " ".join(b for b in bounds if b)
-        if kind is list: return f"a list of {self.count[0]} to {self.count[1]} whole numbers {bounds}"
+        if kind is list:
+            return f"a list of {self.count[0]} to {self.count[1]} whole numbers {bounds}"
         return f"{KINDS[kind]} {bounds}".strip()
 
     def check(self, name, value):

@@ -22,6 +22,7 @@ from ..data import Dataset
 from .baseline import Baseline
 from ..neighbors import jaccard_similarity, knn
 from ..noise import noise_kinds
+from ..training import Setting
 
 # %% ../../nbs/12_methods.icsr.ipynb #0018abcd
 def node_scores(similarities,        # N x k of `knn`, self included
@@ -210,21 +211,21 @@ class ICSR(Baseline):
     "Cluster Contrast on global clusters from which each camera's own clusters have struck out what does not belong (Li et al. 2023)."
     settings = Baseline.settings | dict(
         batch_size=64, instances=4, bn_group_size=16,
-        clustering=training.Setting("infomap", "what makes the global clusters",
+        clustering=Setting("infomap", "what makes the global clusters",
                            choices=("infomap", "agglomerative", "dbscan")),
-        knn=training.Setting(15, "in the graph of scores and Infomap, itself counted", "neighbours", low=2),
-        min_similarity=training.Setting(0.5, "cosine that an edge of it needs", low=-1, high=1),
-        min_size=training.Setting(5, "in an Infomap cluster; smaller ones become outliers", "images", low=1),
-        n_clusters=training.Setting(0, "of agglomerative; 0: one for every 20 images", "clusters", low=0),
-        nodes=training.Setting("max", "who speaks for a cluster; last: as released; none: no stage 1",
+        knn=Setting(15, "in the graph of scores and Infomap, itself counted", "neighbours", low=2),
+        min_similarity=Setting(0.5, "cosine that an edge of it needs", low=-1, high=1),
+        min_size=Setting(5, "in an Infomap cluster; smaller ones become outliers", "images", low=1),
+        n_clusters=Setting(0, "of agglomerative; 0: one for every 20 images", "clusters", low=0),
+        nodes=Setting("max", "who speaks for a cluster; last: as released; none: no stage 1",
                       choices=("max", "last", "none")),
-        nodes_from=training.Setting("labels", "clusters that choose the nodes; infomap: as released",
+        nodes_from=Setting("labels", "clusters that choose the nodes; infomap: as released",
                            choices=("labels", "infomap")),
-        self_paced=training.Setting(False, "strike out each candidate with probability `pace`"),
-        camera_epochs=training.Setting(20, "of stage 1", "epochs", low=1),
-        camera_iterations=training.Setting(100, "in an epoch of stage 1", "batches", low=1),
-        camera_momentum=training.Setting(0.2, "of the prototypes of stage 1", low=0, high=1),
-        camera_clusters=training.Setting(0, "of a camera; 0: one for every five images", "clusters", low=0))
+        self_paced=Setting(False, "strike out each candidate with probability `pace`"),
+        camera_epochs=Setting(20, "of stage 1", "epochs", low=1),
+        camera_iterations=Setting(100, "in an epoch of stage 1", "batches", low=1),
+        camera_momentum=Setting(0.2, "of the prototypes of stage 1", low=0, high=1),
+        camera_clusters=Setting(0, "of a camera; 0: one for every five images", "clusters", low=0))
     datasets = {"market1501": dict(camera_clusters=600, n_clusters=800), "dukemtmcreid": dict(camera_clusters=600), "msmt17": dict(n_clusters=1200),
                 "synthetic": dict(clustering="dbscan", temperature=0.1, momentum=0.2, camera_epochs=5, camera_iterations=30),
                 "synthetic-tiny": dict(batch_size=32, clustering="dbscan", temperature=0.1, momentum=0.2, camera_epochs=2, camera_iterations=5), "synthetic-large": {}}

@@ -170,7 +170,7 @@ PUBLISHED = dict(
     camera_weight=Setting(0.5, "of the camera loss", low=0),
     camera_temperature=Setting(0.07, "of the camera loss", above=0),
     hard_negatives=Setting(50, "of other clusters in the camera loss", "proxies", low=1),
-    rows=Setting(0, "3000: the released table of classifiers with its stale moments; 0: none", low=0),
+    rows=Setting(0, "3000: the released table of classifiers, its moments stale; 0: none", low=0),
     compat=Setting(False, "k2 is 6 whatever it says; the quirks of agreement and camera loss"),
 )
 

@@ -142,7 +142,7 @@ STUDENT = dict(
     mu=Setting(1.0, "weight of the pull to the teacher", low=0),
     warm=Setting(2, "length of the teacher's epoch at the start; 0: none", "epochs", low=0),
     teacher=Setting("", "file of a trained teacher; empty: train one"),
-    teacher_bn=Setting("frozen", "the teacher's batch norm; batch: as released", choices=TEACHER_BN))
+    teacher_bn=Setting("frozen", "its batch norm; batch: as released", choices=TEACHER_BN))
 
 # %% ../../nbs/15_methods.purification.ipynb #0067abcd
 class Purification(ThreeViews):
