@@ -101,3 +101,5 @@ def source_weights(t,  # the state of the run, before it has a network
     key = json.dumps({"seed": t.seed, **needs}, sort_keys=True, default=str)
     if key not in _made: _made[key] = training.stage(t, "source", needs, make)
     return _made[key]
+
+training.FIRST_STAGES["source"] = source_weights  # the loop finds it here

@@ -103,8 +103,10 @@ def progress(run) -> dict:
     try: records = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError): records = []
     tested = [r["mAP"] for r in records if "mAP" in r]
-    seconds = sum(v for r in records for k, v in r.items() if k.startswith("seconds"))
-    return {"run": run.name, "state": run.state, "epoch": f"{len(records)}/{max(run.epochs, len(records))}", "mAP": f"{tested[-1]:.1%}" if tested else "",
+    epochs = f"{len(records)}/{max(run.epochs, len(records))}"
+    seconds = sum(map(runs.epoch_seconds, records))
+    return {"run": run.name, "state": run.state, "epoch": epochs,
+            "mAP": f"{tested[-1]:.1%}" if tested else "",
             "minutes": f"{seconds / 60:.1f}" if records else "", "": run.why[:80]}
 
 # %% ../nbs/20b_batch.ipynb #0030abcd
