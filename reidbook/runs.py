@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'REPORTING', 'FILES', 'NUMBER', 'NEEDED', 'TEXTS', 'SHARES', 'MINUTES', 'BAD', 'SHOWN', 'method_names',
            'get_method', 'code_digest', 'given_files', 'file_digest', 'describe', 'setting_words', 'method_words',
-           'run_title', 'changed_settings', 'checkout', 'runs_dir', 'write_json', 'hardware', 'versions', 'now',
-           'begin', 'first_manifest', 'open_state', 'follower', 'follow', 'finish', 'peak_memory', 'time_spent',
-           'epoch_line', 'epoch_seconds', 'free_baselines', 'choices', 'show_rank_lists', 'template_parameters',
-           'execute', 'merge_streams', 'publish', 'front_matter', 'uncounted', 'read_file', 'printable',
-           'read_manifest', 'run_status', 'run_folders', 'check_row', 'ledger', 'ledger_row', 'add_cost',
-           'results_table', 'listed_by', 'markdown_table', 'as_record', 'read_records', 'last_lines', 'find_run',
-           'manifest_lines', 'record_lines', 'show_run']
+           'run_title', 'changed_settings', 'checkout', 'runs_dir', 'write_json', 'hardware', 'versions',
+           'cache_folder', 'now', 'begin', 'first_manifest', 'open_state', 'follower', 'follow', 'finish',
+           'peak_memory', 'time_spent', 'epoch_line', 'epoch_seconds', 'free_baselines', 'choices', 'show_rank_lists',
+           'read_template', 'assigned', 'template_parameters', 'real', 'absolute_folders', 'execute', 'merge_streams',
+           'publish', 'front_matter', 'uncounted', 'read_file', 'printable', 'read_manifest', 'run_status',
+           'run_folders', 'check_row', 'ledger', 'ledger_row', 'add_cost', 'results_table', 'listed_by',
+           'markdown_table', 'as_record', 'read_records', 'last_lines', 'find_run', 'manifest_lines', 'record_lines',
+           'show_run']
 
 # %% ../nbs/20_runs.ipynb #0003abcd
 import ast
+import contextlib
 import hashlib
 import importlib
 import json
@@ -94,7 +96,8 @@ def describe(dataset,     # name for `open_dataset`
              settings=None,  # dict of settings that differ from the defaults
              ):           # namespace: dataset, method, settings, parameters, run_id, name
     "Check everything that can be checked before a run starts, and name the run."
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0: raise ValueError(f"seed {seed!r}: expected an integer of 0 or more")
+    if not training.is_a(int, seed) or seed < 0:
+        raise ValueError(f"seed {seed!r:.80}: expected a whole number from 0 to {training.LARGEST}")
     if device not in ("auto", "cpu") and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"device {device!r}: expected auto, cpu" + (" or cuda" if torch.cuda.is_available() else "; this machine has no GPU that torch can see"))
     cls = get_method(method)
@@ -157,6 +160,12 @@ def versions() -> dict:
         except metadata.PackageNotFoundError: pass
     return out
 
+# %% ../nbs/20_runs.ipynb #0076bbcd
+def cache_folder(root=None) -> Path:
+    "Where decoded images of a data root are kept."
+    root = data_root(root)
+    return (root.parent if root.is_file() else root) / ".cache"
+
 # %% ../nbs/20_runs.ipynb #0031abcd
 def now():
     "Date and time in UTC, to the second."
@@ -199,8 +208,9 @@ def open_state(run, root):
     files = {k: run.identity["settings"].get(k) for k in FILES}  # by content
     identity = {k: run.identity[k] for k in ("code", "data")} | files
     return training.start(run.dataset, run.method, run.settings, run.identity["seed"], run.out,
-                          run.device, cache=data_root(root) / ".cache",
+                          run.device, cache=cache_folder(root),
                           store=run.out.parent / "stages", identity=identity)
+
 
 # %% ../nbs/20_runs.ipynb #0033abcd
 def follower(*words):
@@ -311,15 +321,51 @@ def show_rank_lists(t,       # a training state
     order = rank_lists(query.global_, gallery.global_, k, q_pids, g_pids, q_cams, g_cams, rows=rows)
     return plot_rank_lists(list(t.dataset.query.path.iloc[rows]), list(t.dataset.gallery.path), order, q_pids[rows], g_pids)
 
+# %% ../nbs/20_runs.ipynb #0078bbcd
+def read_template(template):
+    "A notebook; ValueError for a file that is something else."
+    import nbformat
+    if not template.is_file(): raise FileNotFoundError(f"no template notebook at {template}")
+    try: return nbformat.read(template, as_version=4)
+    except Exception as e:  # nbformat has many of its own
+        raise ValueError(f"template {template} is no notebook ({type(e).__name__})") from None
+
+# %% ../nbs/20_runs.ipynb #0080bbcd
+def assigned(tree) -> set:
+    "The names that top-level assignments of a syntax tree bind, unpacked ones included."
+    kinds = ast.Assign, ast.AnnAssign
+    targets = [t for node in tree.body if isinstance(node, kinds)
+               for t in getattr(node, "targets", None) or [node.target]]
+    return {n.id for t in targets for n in ast.walk(t)
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
 # %% ../nbs/20_runs.ipynb #0046abcd
 def template_parameters(template) -> set:
     "Names in the template's tagged parameters cell; ValueError when no cell is tagged."
-    import nbformat
     template = Path(template)
-    if not template.is_file(): raise FileNotFoundError(f"no template notebook at {template}")
-    cells = [c for c in nbformat.read(template, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1: raise ValueError(f"{template.name} has {len(cells)} cells tagged 'parameters', expected 1: tag the cell that holds the defaults")
-    return {node.target.id if isinstance(node, ast.AnnAssign) else node.targets[0].id for node in ast.parse(cells[0].source).body}
+    cells = [c.source for c in read_template(template).cells
+             if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise ValueError(f"{template.name} has {len(cells)} cells tagged 'parameters', expected 1: "
+                         "tag the cell that holds the defaults")
+    try: return assigned(ast.parse(cells[0]))
+    except (SyntaxError, ValueError) as e:
+        raise ValueError(f"the parameters cell of {template.name} is not plain Python ({e}): "
+                         "expected lines such as seed = 1") from None
+
+# %% ../nbs/20_runs.ipynb #0083bbcd
+def real(path) -> Path:
+    "A path from the root on, its folders without links; its own name stays as it is."
+    path = Path(path).expanduser().absolute()
+    return path.parent.resolve() / path.name
+
+@contextlib.contextmanager
+def absolute_folders(names=("REIDBOOK_DATA", "REIDBOOK_RUNS")):
+    "While a kernel runs, these variables of the environment name folders from the root on."
+    before = {name: os.environ[name] for name in names if os.environ.get(name)}
+    os.environ.update({k: str(Path(v).expanduser().absolute()) for k, v in before.items()})
+    try: yield
+    finally: os.environ.update(before)
 
 # %% ../nbs/20_runs.ipynb #0050abcd
 def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
@@ -336,8 +382,9 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
     if (read_manifest(out) or {}).get("status") == "done" and (out / "run.ipynb").exists() and not again:
         print(f"already done: {out / 'run.ipynb'} (repeat it with --again)")
         return out
-    near = lambda path: os.path.relpath(Path(path).expanduser(), template.parent)  # the kernel works in the template's folder; no machine path in a notebook
-    values = {"dataset": dataset, "method": method, "seed": seed, "root": root and str(root), "device": device, "out": near(out), "processes": processes,
+    here = template.parent.resolve()  # where the kernel works; no machine path gets into a notebook
+    near = lambda path: os.path.relpath(real(path), here)
+    values = {"dataset": dataset, "method": method, "seed": seed, "root": near(root) if root else None, "device": device, "out": near(out), "processes": processes,
               "settings": (settings or {}) | {k: near(path) for k, path in given_files(settings or {}).items()}}
     if set(values) - known: raise ValueError(f"{template.name} has no parameter {', '.join(sorted(set(values) - known))}: its parameters cell names {', '.join(sorted(known))}")
     training.hold(out, "notebook")
@@ -346,7 +393,7 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
         training.release(out)
         if again:
             for f in (*training.CHECKPOINTS, "metrics.jsonl", "free.json", "manifest.json", "run.ipynb"): (out / f).unlink(missing_ok=True)
-        return _execute(template, out, values)
+        with absolute_folders(): return _execute(template, out, values)
     finally: training.release(out, "notebook")
 
 # %% ../nbs/20_runs.ipynb #0051abcd
@@ -355,8 +402,10 @@ def _execute(template, out, values):
     import papermill
     partial = out / "_partial.ipynb"
     error = "the kernel ended early"
+    plain = lambda path: str(path).replace("{", "{{").replace("}", "}}")  # papermill fills in braces
     try:
-        papermill.execute_notebook(template, partial, parameters=values, kernel_name="python3", cwd=template.parent, progress_bar=False, log_output=False,
+        papermill.execute_notebook(plain(template), plain(partial), parameters=values, kernel_name="python3", cwd=template.parent,
+                                   progress_bar=False, log_output=False,
                                    stdout_file=sys.stdout, autosave_cell_every=30, extra_arguments=["--log-level=ERROR"])
     except papermill.exceptions.PapermillExecutionError as e: error = f"{e.ename}: {e.evalue}"
     except Exception as e: error = f"{type(e).__name__}: {e}"
