@@ -132,8 +132,7 @@ class HybridMemory(nn.Module):
     (SpCL, section 3.1)."""
     def __init__(self,
                  features,         # N x D, unit rows, one per image
-                 # N labels from 0 up, gaps allowed; an outlier is a class of its own
-                 labels,
+                 labels,           # N from 0 up, gaps allowed; an outlier is a class of its own
                  momentum=0.2,     # weight of the old row
                  temperature=0.05,
                  ):
