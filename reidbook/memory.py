@@ -12,13 +12,15 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from .neighbors import as_batch, as_ids, as_matrix, as_number
+
 # %% ../nbs/07_memory.ipynb #0011abcd
 def prototypes(feats,   # N x D features, L2-normalised
                labels,  # N labels, int64; -1 is left out
                ) -> np.ndarray:  # C x D float32, unit rows; row c is cluster c
     """Mean of each cluster's features, L2-normalised (Cluster Contrast, section 3.2).
     ValueError when there is no cluster, or one without a member."""
-    feats, labels = torch.as_tensor(feats, dtype=torch.float32), torch.as_tensor(labels)
+    feats, labels = torch.from_numpy(as_matrix(feats)), torch.from_numpy(as_ids(labels))
     if len(feats) != len(labels):
         raise ValueError(f"{len(feats)} features but {len(labels)} labels: "
                          "one label per row is needed")
@@ -40,7 +42,12 @@ def info_nce(feats,              # B x D, L2-normalised
              temperature=0.05,   # divides the cosine; small = only near competitors matter
              ):                  # scalar tensor
     "Contrastive loss of features against all prototypes (InfoNCE), batch mean."
-    return F.cross_entropy(feats @ memory.T / temperature, targets)
+    feats, targets = as_batch(feats, targets, len(memory))
+    temperature = as_number(temperature, "temperature", 1e-4)
+    if feats.shape[1] != memory.shape[1]:
+        raise ValueError(f"features have {feats.shape[1]} columns, the memory {memory.shape[1]}: "
+                         "use one model for both")
+    return F.cross_entropy(feats.to(memory.dtype) @ memory.T / temperature, targets)
 
 # %% ../nbs/07_memory.ipynb #0030abcd
 def _rounds(targets):
@@ -57,6 +64,11 @@ def mean_update(memory,    # C x D, unit rows
                 momentum,  # weight of the old row
                 ):         # the new memory; `memory` itself is left alone
     "Every item writes itself into its row, in batch order (Cluster Contrast, eq. 5)."
+    momentum = as_number(momentum, "momentum", 0, 1)
+    targets = as_ids(targets, "targets", len(feats), 0, len(memory) - 1)
+    if feats.shape[1:] != memory.shape[1:]:
+        raise ValueError(f"features {tuple(feats.shape)}, memory {tuple(memory.shape)}: "
+                         "the same width is needed")
     memory = memory.clone()
     for rows in _rounds(targets):
         y, x = (torch.as_tensor(i).to(memory.device, non_blocking=True)  # a GPU is not waited for
@@ -68,6 +80,7 @@ def mean_update(memory,    # C x D, unit rows
 def hard_update(memory, feats, targets, momentum):  # as `mean_update`
     """Per class of the batch, only the item least similar to its row writes;
     gives the new memory, C x D (Cluster Contrast's `hard`, MPRD)."""
+    targets = as_ids(targets, "targets", len(feats), 0, len(memory) - 1)
     sim = (feats * memory[targets]).sum(1).cpu().numpy()
     # by class, then by similarity; stable, so ties go to the earlier item
     order = np.lexsort((sim, targets))
@@ -89,28 +102,29 @@ class ClusterMemory(nn.Module):
                  update="mean",
                  ):
         super().__init__()
-        if update not in UPDATES:
+        if not isinstance(update, str) or update not in UPDATES:
             raise ValueError(f"update {update!r}: expected one of {sorted(UPDATES)}")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum {momentum}: expected a weight in [0, 1]")
+        as_matrix(prototypes, "prototypes")  # finite numbers, or an error
         prototypes = torch.as_tensor(prototypes, dtype=torch.float32)
         self.register_buffer("prototypes", prototypes.clone())
-        self.momentum, self.temperature, self.rule = momentum, temperature, update
+        self.momentum = as_number(momentum, "momentum", 0, 1)
+        self.temperature, self.rule = as_number(temperature, "temperature", 1e-4), update
 
     def forward(self,
                 features,  # B x D; normalised here, so raw BN-neck outputs are fine
                 targets,   # B labels in 0..C-1
                 ):
         "InfoNCE against all prototypes; the gradient reaches the features only."
-        targets = torch.as_tensor(targets, device=features.device)
+        features, targets = as_batch(features, targets, len(self.prototypes))
         return info_nce(F.normalize(features, dim=1), self.prototypes, targets, self.temperature)
 
     @torch.no_grad()
     def update(self, features, targets):
         "Write the batch into the prototypes by the chosen rule."
-        targets = targets.cpu().numpy() if torch.is_tensor(targets) else np.asarray(targets)
+        features, targets = as_batch(features, targets, len(self.prototypes))
         features = F.normalize(features.detach().to(self.prototypes), dim=1)
-        self.prototypes = UPDATES[self.rule](self.prototypes, features, targets, self.momentum)
+        targets, write = targets.cpu().numpy(), UPDATES[self.rule]
+        self.prototypes = write(self.prototypes, features, targets, self.momentum)
 
 # %% ../nbs/07_memory.ipynb #0047abcd
 class HybridMemory(nn.Module):
@@ -118,15 +132,19 @@ class HybridMemory(nn.Module):
     (SpCL, section 3.1)."""
     def __init__(self,
                  features,         # N x D, unit rows, one per image
-                 # N labels from 0 up, gaps allowed; an outlier is a class of its own
-                 labels,
+                 labels,           # N from 0 up, gaps allowed; an outlier is a class of its own
                  momentum=0.2,     # weight of the old row
                  temperature=0.05,
                  ):
         super().__init__()
+        n = len(as_matrix(features))
+        largest = max(100 * n, 10**6)  # the softmax has a column for every number up to it
+        labels = torch.from_numpy(as_ids(labels, "labels", n, 0, largest))
         self.register_buffer("features", torch.as_tensor(features, dtype=torch.float32).clone())
-        self.register_buffer("labels", torch.as_tensor(labels))
-        self.momentum, self.temperature = momentum, temperature
+        self.register_buffer("labels", labels)
+        self.momentum = as_number(momentum, "momentum", 0, 1)
+        # below 0.01, e^(1 / temperature) overflows
+        self.temperature = as_number(temperature, "temperature", 0.01)
 
     def forward(self,
                 features,  # B x D, L2-normalised
@@ -136,7 +154,11 @@ class HybridMemory(nn.Module):
         with the reference's 1e-6 in denominator and logarithm.
 
         A number that no image bears is no class: it has no share in the denominator."""
-        sims = features @ self.features.T / self.temperature
+        features, index = as_batch(features, index, len(self.features))
+        if features.shape[1] != self.features.shape[1]:
+            raise ValueError(f"features have {features.shape[1]} columns, "
+                             f"the memory {self.features.shape[1]}: use one model for both")
+        sims = features.to(self.features.dtype) @ self.features.T / self.temperature
         count = torch.bincount(self.labels)
         sums = sims.new_zeros(len(sims), len(count)).index_add(1, self.labels, sims)
         scores = sums / count.clamp(min=1)
@@ -146,8 +168,9 @@ class HybridMemory(nn.Module):
     @torch.no_grad()
     def update(self, features, index):
         "Each image of the batch writes its own row."
-        index = index.cpu().numpy() if torch.is_tensor(index) else np.asarray(index)
-        self.features = mean_update(self.features, features.detach(), index, self.momentum)
+        features, index = as_batch(features, index, len(self.features))
+        features, index = features.detach().to(self.features), index.cpu().numpy()
+        self.features = mean_update(self.features, features, index, self.momentum)
 
 # %% ../nbs/07_memory.ipynb #0052abcd
 def soft_triplet_loss(features,  # B x D, not necessarily normalised
@@ -155,7 +178,7 @@ def soft_triplet_loss(features,  # B x D, not necessarily normalised
                       ):         # scalar tensor
     """Batch-hard triplet loss, Euclidean, mean of softplus(d_ap - d_an);
     the anchor counts among its own positives (PPLR, section 3)."""
-    targets = torch.as_tensor(targets, device=features.device)
+    features, targets = as_batch(features, targets)
     square = features.pow(2).sum(1)
     dist = (square[:, None] + square - 2 * features @ features.T).clamp(min=1e-12).sqrt()
     same = targets[:, None] == targets

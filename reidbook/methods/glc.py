@@ -23,8 +23,9 @@ from torch.nn.functional import embedding, log_softmax, prelu
 from ..memory import prototypes
 from .baseline import Baseline
 from ..models import pick_device
-from ..neighbors import as_matrix, knn
+from ..neighbors import as_array, as_count, as_ids, as_matrix, as_number, knn
 from ..training import defaults, describe_labels, Plug, Setting
+
 
 # %% ../../nbs/14_methods.glc.ipynb #0014abcd
 def unit(features):
@@ -209,8 +210,16 @@ def decode(pairs,            # 2 x E directed (i, j)
            drop_tail=False,  # released code: the last E mod 65 pairs are never read
            ):                # n int64, -1 for outliers
     "Labels from scored links: a threshold, intimacy, connected components (Yan et al. 2022, after STAR-FC)."
+    n, scores, pairs = as_count(n, "n", 0, 10**8), as_array(scores, "scores"), as_array(pairs, "pairs")
+    if scores.ndim != 1 or pairs.shape != (2, len(scores)) or not np.isfinite(scores).all():
+        raise ValueError(f"pairs {pairs.shape}, scores {scores.shape}: "
+                         "expected 2 x E pairs and E finite scores")
+    pairs = as_ids(pairs.ravel(), "pairs", None, 0, n - 1).reshape(2, -1)
+    t1, t2, min_size = as_number(t1, "t1"), as_number(t2, "t2"), as_count(min_size, "min_size")
+    if not n: return np.zeros(0, np.int64)
     end = len(scores) - len(scores) % 65 if drop_tail else len(scores)
-    return components(intimate_links(believed_links(np.asarray(pairs)[:, :end], np.asarray(scores)[:end], n, t1), t2), min_size)
+    believed = believed_links(pairs[:, :end], scores[:end], n, t1)
+    return components(intimate_links(believed, t2), min_size)
 
 # %% ../../nbs/14_methods.glc.ipynb #0056abcd
 def correction(features,      # N x D, all images, numpy or torch
@@ -226,8 +235,8 @@ def correction(features,      # N x D, all images, numpy or torch
                seed=0, device="auto",
                ):             # labels, pairs, scores, largest (images in the largest component), note
     "GLC with everything it found on the way. Empty or swallowing results give the labels back as they were, and `note` says why."
-    x, given, device = unit(features), np.asarray(torch.as_tensor(labels).cpu()), pick_device(device)
-    if given.shape != (len(x),): raise ValueError(f"labels: found shape {given.shape}, expected one label for each of the {len(x)} rows of features")
+    x, device = unit(features), pick_device(device)
+    given = as_ids(labels, "labels", len(x))
     labels = np.full(len(x), -1)
     labelled = np.flatnonzero(given >= 0)
     labels[labelled] = np.unique(given[labelled], return_inverse=True)[1]

@@ -20,7 +20,7 @@ from .. import training
 from ..clustering import agglomerative, dbscan, infomap, min_similarity
 from ..data import Dataset
 from .baseline import Baseline
-from ..neighbors import jaccard_similarity, knn
+from ..neighbors import as_array, as_ids, as_neighbors, as_number, jaccard_similarity, knn
 from ..noise import noise_kinds
 from ..training import Setting
 
@@ -30,9 +30,9 @@ def node_scores(similarities,        # N x k of `knn`, self included
                 min_similarity=0.5,  # cosine an edge needs
                 ) -> np.ndarray:     # N float64
     "For each image the sum over its edges of 1 / (distance + mean distance in the whole table); 0 without an edge (ICSR, released code)."
-    similarities, indices = np.asarray(similarities, np.float64), np.asarray(indices)
-    if similarities.ndim != 2 or similarities.shape != indices.shape:
-        raise ValueError(f"similarities {similarities.shape} and indices {indices.shape}: expected two N x k tables, as knn gives them")
+    similarities, indices = as_neighbors((similarities, indices))
+    similarities = similarities.astype(np.float64)
+    min_similarity = as_number(min_similarity, "min_similarity")
     distance = np.maximum(1 - similarities, 0)
     edge = (similarities >= min_similarity) & (indices != np.arange(len(indices))[:, None])
     return (edge / (distance + max(distance.mean(), 1e-12))).sum(1)
@@ -43,9 +43,13 @@ def information_nodes(scores,        # N, from `node_scores`
                       rule="max",    # "max": the best score; "last": the last above the mean in image order, as released
                       ) -> dict:     # cluster -> image
     "The image that speaks for its cluster; a cluster without an eligible image has none."
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
-    if rule not in ("max", "last"): raise ValueError(f"rule {rule!r}: expected max (the best score) or last (the last above the mean, as released)")
-    if len(scores) != len(labels): raise ValueError(f"{len(scores)} scores but {len(labels)} labels: one per image is needed")
+    scores, labels = as_array(scores, "scores").astype(np.float64), as_ids(labels)
+    if scores.shape != labels.shape or not np.isfinite(scores).all():
+        raise ValueError(f"scores: found shape {scores.shape}, NaN or Inf, "
+                         f"expected {len(labels)} finite numbers, one per image")
+    if str(rule) not in ("max", "last"):
+        raise ValueError(f"rule {rule!r}: expected max (the best score) or "
+                         "last (the last above the mean, as released)")
     able = np.flatnonzero((labels >= 0) & (scores > (0 if rule == "max" else scores.mean())))
     key = scores if rule == "max" else np.arange(len(scores))
     order = able[np.lexsort((able, -key[able], labels[able]))]       # by cluster, best first; ties to the lower index
@@ -69,8 +73,15 @@ def refine_labels(labels,        # N global labels, -1 for outliers
                   ) -> np.ndarray:  # N int64 labels; images struck out have -1
     "Each node strikes out the images of its own camera and global cluster that are in another local cluster (ICSR)."
     need_cameras(cams)
-    old, cams, local = (np.asarray(a, dtype=np.int64) for a in (labels, cams, local_labels))
-    if not len(old) == len(cams) == len(local): raise ValueError(f"{len(old)} labels, {len(cams)} cameras, {len(local)} local labels: one of each per image is needed")
+    old, rate = np.maximum(as_ids(labels), -1), as_number(rate, "rate", 0, 1)
+    n = len(old)
+    cams, local = as_ids(cams, "cams", n), as_ids(local_labels, "local_labels", n)
+    if not isinstance(nodes, dict):
+        raise ValueError(f"nodes: found {type(nodes).__name__}, "
+                         "expected a dict cluster -> image, from information_nodes")
+    as_ids(list(nodes.values()), "nodes", None, 0, n - 1)
+    if draws is not None and as_array(draws, "draws").shape != (n,):
+        raise ValueError(f"draws: expected one number for each of the {n} images")
     new, order = old.copy(), np.argsort(old, kind="stable")
     starts = np.searchsorted(old[order], np.arange(old.max(initial=-1) + 2))
     for _, v in sorted(nodes.items()):

@@ -20,8 +20,9 @@ from ..clustering import dbscan, min_similarity
 from ..data import train_transform
 from ..memory import ClusterMemory, mean_update, prototypes
 from ..models import extract_features
-from ..neighbors import jaccard_similarity
+from ..neighbors import as_ids, jaccard_similarity
 from ..training import Setting
+
 
 # %% ../../nbs/13_methods.mprd.ipynb #0014abcd
 def _cells(a, b):
@@ -32,7 +33,7 @@ def _cells(a, b):
 
 def _alone(labels):
     "Labels in which every outlier is a cluster of its own."
-    labels = torch.as_tensor(labels).cpu().numpy().astype(np.int64)
+    labels = as_ids(labels)
     outliers = labels < 0
     labels[outliers] = max(labels.max(initial=-1) + 1, 0) + np.arange(outliers.sum())
     return labels

@@ -16,8 +16,9 @@ from .. import training
 from ..clustering import dbscan, min_similarity
 from ..memory import ClusterMemory, prototypes
 from ..models import create_model, load_state, read_state
-from ..neighbors import jaccard_similarity
+from ..neighbors import as_array, as_number, jaccard_similarity
 from ..training import Setting
+
 
 # %% ../../nbs/15_methods.purification.ipynb #0022abcd
 VIEWS = ("whole", "upper", "lower")
@@ -35,10 +36,17 @@ def fuse(global_,  # N x N similarities or distances of the whole image: numpy, 
          lambda1,  # weight of each half, in [0, 0.5]; the whole keeps 1 - 2 lambda1
          ):        # of the same type and shape as the inputs
     "One matrix from three: (1 - 2 lambda1) whole + lambda1 upper + lambda1 lower (Lan et al. 2023, feature purification). ValueError on a weight outside [0, 0.5] or unequal shapes."
-    if not 0 <= lambda1 <= 0.5: raise ValueError(f"lambda1={lambda1}: expected a weight in [0, 0.5], such as 0.15")
+    w = as_number(lambda1, "lambda1", 0, 0.5)
+    kinds = {"sparse" if sp.issparse(x) else "tensor" if torch.is_tensor(x) else "array"
+             for x in (global_, upper, lower)}
+    if len(kinds) > 1:
+        raise ValueError(f"found {' and '.join(sorted(kinds))} among the three views, "
+                         "expected three of one kind: convert them first")
+    if kinds == {"array"}:
+        global_, upper, lower = (as_array(x, "a view") for x in (global_, upper, lower))
     if not global_.shape == upper.shape == lower.shape:
-        raise ValueError(f"shapes {global_.shape}, {upper.shape}, {lower.shape}: the three views must be of the same images")
-    w = float(lambda1)
+        raise ValueError(f"shapes {global_.shape}, {upper.shape}, {lower.shape}: "
+                         "the three views must be of the same images")
     fused = (1 - 2 * w) * global_ + w * upper + w * lower
     return fused.asformat(global_.format) if sp.issparse(fused) else fused
 
