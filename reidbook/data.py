@@ -34,7 +34,7 @@ def data_root(root=None,  # a folder; None: $REIDBOOK_DATA, else the checkout's 
               ) -> Path:
     "The folder that holds the data sets."
     root = root or os.environ.get("REIDBOOK_DATA")
-    if root: return Path(root).expanduser().absolute()
+    if root: return Path(os.path.abspath(Path(root).expanduser()))  # without ..: paths are compared
     here, package = Path.cwd(), importlib.util.find_spec("reidbook")
     checkout = [Path(package.origin).parent.parent] if package and package.origin else []
     for folder in [*checkout, here, *here.parents]:

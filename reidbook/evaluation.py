@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from . import neighbors
 from .data import open_image
-from .neighbors import as_matrix, compiled, full_precision, in_threads, products
+from .neighbors import (
+    as_array, as_count, as_ids, as_matrix, compiled, full_precision, in_threads, products)
 
 # %% ../nbs/08_evaluation.ipynb #0024abcd
 @compiled
@@ -58,12 +59,6 @@ def _count_torch(s, ptr, values):
     return at_least[row, at]
 
 # %% ../nbs/08_evaluation.ipynb #0031abcd
-def _ids(values, n, name):
-    "Identities or cameras as an int64 vector of length n."
-    values = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
-    if values.shape != (n,): raise ValueError(f"{name}: found shape {values.shape}, expected ({n},), one per row of features.")
-    return values.astype(np.int64)
-
 class _Pairs:
     "For any query: the gallery rows of its identity, split into those to find and those to ignore."
     def __init__(self, q_pids, g_pids, q_cams, g_cams):
@@ -160,9 +155,12 @@ class Evaluation:
 # %% ../nbs/08_evaluation.ipynb #0039abcd
 def _gather(blocks, q, g, q_pids, g_pids, q_cams, g_cams, top, slow):
     "Scores of all queries from (rows, similarities) blocks."
-    if (q_cams is None) != (g_cams is None): raise ValueError("q_cams, g_cams: give both or neither; without cameras nothing is ignored.")
-    cams = (None, None) if q_cams is None else (_ids(q_cams, q, "q_cams"), _ids(g_cams, g, "g_cams"))
-    pairs = _Pairs(_ids(q_pids, q, "q_pids"), _ids(g_pids, g, "g_pids"), *cams)
+    top = as_count(top, "top", 1, 10**6)
+    if (q_cams is None) != (g_cams is None):
+        raise ValueError("q_cams, g_cams: give both or neither; without cameras nothing is ignored.")
+    if q_cams is not None:
+        q_cams, g_cams = as_ids(q_cams, "q_cams", q), as_ids(g_cams, "g_cams", g)
+    pairs = _Pairs(as_ids(q_pids, "q_pids", q), as_ids(g_pids, "g_pids", g), q_cams, g_cams)
     ap, first, inp = np.empty(q), np.empty(q, np.int64), np.empty(q)
     with tqdm(total=q, desc="evaluate", leave=False, disable=not slow) as bar:
         for rows, s in blocks:
@@ -202,8 +200,11 @@ def evaluate_distances(
     top: int = 100,
 ) -> Evaluation:
     "`evaluate` for distances that are already there; the same errors."
-    d = np.asarray(distances)
-    if d.ndim != 2: raise ValueError(f"distances: found shape {d.shape}, expected Q x G.")
+    d = as_array(distances, "distances")
+    if d.ndim != 2 or not d.size:
+        raise ValueError(f"distances: found shape {d.shape}, expected Q x G, at least one of each.")
+    if not -1e38 < d.min() <= d.max() < 1e38:  # NaN is neither less nor greater
+        raise ValueError("distances: found NaN, Inf or 1e38 and more, expected finite numbers.")
     blocks = ((np.arange(a, min(a + 256, len(d))), -d[a:a + 256].astype(np.float32)) for a in range(0, len(d), 256))
     if neighbors.numba is None: blocks = ((rows, torch.from_numpy(s)) for rows, s in blocks)
     return _gather(blocks, *d.shape, q_pids, g_pids, q_cams, g_cams, top, False)
@@ -219,11 +220,22 @@ def rank_lists(
 ) -> np.ndarray:                                             # R x k gallery indices, nearest first; -1 where the gallery ends
     "The first k gallery images of each query, images of the query's own identity and camera left out."
     q, g = as_matrix(query, "query"), as_matrix(gallery, "gallery")
-    rows = np.arange(len(q)) if rows is None else np.atleast_1d(rows)
+    if q.shape[1] != g.shape[1]:
+        raise ValueError(f"rank_lists: query has {q.shape[1]} columns, gallery {g.shape[1]}; "
+                         "use one model for both.")
+    rows = np.arange(len(q)) if rows is None else np.atleast_1d(as_array(rows, "rows"))
+    if rows.dtype == bool:
+        raise ValueError("rows: found a mask, expected row numbers; use np.flatnonzero(mask).")
+    rows, k = as_ids(rows, "rows", None, 0, len(q) - 1), as_count(k, "k", 1, 10**6)
     out = np.full((len(rows), k), -1, np.int64)
     pairs = None
-    if q_cams is not None and q_pids is not None:
-        pairs = _Pairs(np.asarray(q_pids)[rows], np.asarray(g_pids), np.asarray(q_cams)[rows], np.asarray(g_cams))
+    if q_cams is not None or g_cams is not None:
+        if any(ids is None for ids in (q_pids, g_pids, q_cams, g_cams)):
+            raise ValueError("q_pids, g_pids, q_cams, g_cams: "
+                             "give all four to skip junk, or no cameras.")
+        pairs = _Pairs(as_ids(q_pids, "q_pids", len(q))[rows], as_ids(g_pids, "g_pids", len(g)),
+                       as_ids(q_cams, "q_cams", len(q))[rows], as_ids(g_cams, "g_cams", len(g)))
+    if not len(rows): return out
     for at, s in _similarity_blocks(q[rows], g, device):
         s = torch.as_tensor(s).cpu()
         if pairs is not None:

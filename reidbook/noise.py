@@ -15,15 +15,7 @@ import numpy as np
 import pandas as pd
 import matplotlib.pyplot as plt
 
-# %% ../nbs/06_noise.ipynb #0024abcd
-def _ints(values, name: str) -> np.ndarray:
-    "One int64 per image, from numpy, torch (any device) or a list."
-    if hasattr(values, "detach"): values = values.detach().cpu().numpy()
-    values = np.asarray(values)
-    if values.ndim != 1: raise ValueError(f"{name} has shape {values.shape}: one number per image is needed, shape (N,)")
-    whole = values.dtype.kind in "iub" or (values.dtype.kind == "f" and np.array_equal(values, np.trunc(values)))
-    if not whole: raise ValueError(f"{name} holds {values.dtype} values that are not whole numbers: give int64, -1 for an outlier")
-    return values.astype(np.int64)
+from .neighbors import as_count, as_ids
 
 # %% ../nbs/06_noise.ipynb #0025abcd
 class Contingency(NamedTuple):
@@ -40,7 +32,7 @@ def contingency(labels,  # N pseudo labels, -1 = outlier
                 pids,    # N true identities
                 ) -> Contingency:
     "Count the images of each (cluster, identity) pair; memory grows with the images, never with their square. ValueError when the lengths differ."
-    labels, pids = _ints(labels, "labels"), _ints(pids, "pids")
+    labels, pids = as_ids(labels, "labels"), as_ids(pids, "pids")
     if len(labels) != len(pids):
         raise ValueError(f"{len(labels)} labels but {len(pids)} identities: one of each per image, in the same order")
     kept = labels >= 0
@@ -125,7 +117,7 @@ def noise_kinds(labels,     # N pseudo labels, -1 = outlier
     owned, at_home = owner[t.cluster] == t.identity, home[t.identity] == t.cluster
     of_cell = np.select([owned & at_home, owned], [0, 1], 3)
     if cams is not None:
-        cams, pids = _ints(cams, "cams"), _ints(pids, "pids")
+        cams, pids = as_ids(cams, "cams"), as_ids(pids, "pids")
         if len(cams) != len(t.cell):
             raise ValueError(f"{len(cams)} cameras but {len(t.cell)} labels: one of each per image, in the same order")
         kept = t.cell >= 0
@@ -160,7 +152,8 @@ def _cluster_table(t, kinds, cams) -> pd.DataFrame:
     if cams is not None:
         kept = t.cell >= 0
         of = t.cluster[t.cell[kept]]
-        table["cameras"] = np.bincount(np.unique(np.stack([of, _ints(cams, "cams")[kept]]), axis=1)[0], minlength=len(size))
+        seen = np.unique(np.stack([of, as_ids(cams, "cams")[kept]]), axis=1)
+        table["cameras"] = np.bincount(seen[0], minlength=len(size))
         table["camera_split"] = np.bincount(of, kinds[kept] == "camera split", minlength=len(size)) > 0
     return table.set_index("cluster")
 
@@ -186,7 +179,8 @@ def noise_table(labels,     # N pseudo labels, -1 = outlier
     kinds, t = noise_kinds(labels, pids, cams), contingency(labels, pids)
     count = np.array([(kinds == k).sum() for k in KINDS])
     shares = pd.DataFrame({"label is": KINDS, "images": count, "share": count / max(len(kinds), 1)}).set_index("label is")
-    return NoiseTables(shares, _cluster_table(t, kinds, cams), _identity_table(t, _ints(pids, "pids"), kinds))
+    identities = _identity_table(t, as_ids(pids, "pids"), kinds)
+    return NoiseTables(shares, _cluster_table(t, kinds, cams), identities)
 
 # %% ../nbs/06_noise.ipynb #0070abcd
 def plot_kinds(labels,     # N labels, or a dict name -> labels to compare
@@ -214,7 +208,7 @@ def plot_composition(labels,    # N labels
                      top=40,    # the largest clusters are drawn, this many
                      ax=None):
     "One bar per cluster, largest first, stacked by person: the owner blue, everybody else vermillion. Returns the axes."
-    ax = ax or plt.subplots()[1]
+    ax, top = ax or plt.subplots()[1], as_count(top, "top")
     t = contingency(labels, pids)
     size = np.bincount(t.cluster, t.count)
     place = np.argsort(np.argsort(-size, kind="stable"))
@@ -310,7 +304,7 @@ def show_cluster(paths,      # N image files
                  top=16):    # at most so many images
     "The images of one cluster: the owner's framed blue, everybody else's vermillion. Returns the figure; ValueError when no image has the label."
     from reidbook.data import show_images
-    paths, labels, pids = list(paths), _ints(labels, "labels"), _ints(pids, "pids")
+    paths, labels, pids = list(paths), as_ids(labels, "labels"), as_ids(pids, "pids")
     rows = np.flatnonzero(labels == cluster)
     if not len(rows): raise ValueError(f"no image has label {cluster}: labels go from {labels.min()} to {labels.max()}")
     names, count = np.unique(pids[rows], return_counts=True)
@@ -330,8 +324,8 @@ def show_identity(paths,    # N image files
                   top=16):  # at most so many images
     "The images of one person by cluster, framed in the colour of their kind of noise. Returns the figure; ValueError when there is no such person."
     from reidbook.data import show_images
-    paths, labels, kinds = list(paths), _ints(labels, "labels"), noise_kinds(labels, pids, cams)
-    rows = np.flatnonzero(_ints(pids, "pids") == pid)
+    paths, labels, kinds = list(paths), as_ids(labels, "labels"), noise_kinds(labels, pids, cams)
+    rows = np.flatnonzero(as_ids(pids, "pids") == pid)
     if not len(rows): raise ValueError(f"nobody has identity {pid}")
     rows = rows[np.lexsort((rows, labels[rows], labels[rows] < 0))][:top]
     titles = [("out" if labels[i] < 0 else f"cl {labels[i]}") + ("" if cams is None else f", cam {cams[i]}") for i in rows]
@@ -343,7 +337,8 @@ def plot_map(xy,      # N x 2, a projection made elsewhere
     "The same points coloured by person and by cluster; outliers grey. Returns the figure."
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.8), sharex=True, sharey=True)
     colours = np.array(plt.rcParams["axes.prop_cycle"].by_key()["color"])
-    for ax, group, title in zip(axes, (_ints(pids, "pids"), _ints(labels, "labels")), ("by person", "by cluster")):
+    groups = {"by person": as_ids(pids, "pids"), "by cluster": as_ids(labels, "labels")}
+    for ax, (title, group) in zip(axes, groups.items()):
         ax.scatter(*xy[group < 0].T, c="0.8", s=8, linewidths=0)
         for value in np.unique(group[group >= 0]):
             marker = "os^Dv*P"[value // len(colours) % 7]

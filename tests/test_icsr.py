@@ -201,7 +201,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="which camera"): refine_labels([0, 0], {}, None, [0, 0])
     with pytest.raises(ValueError, match="rule"): information_nodes([1.0], [0], "first")
     with pytest.raises(ValueError, match="one per image"): information_nodes([1.0], [0, 1])
-    with pytest.raises(ValueError, match="one of each"): refine_labels([0, 0], {}, [0], [0, 0])
+    with pytest.raises(ValueError, match="cams: found shape"): refine_labels([0, 0], {}, [0], [0, 0])
     with pytest.raises(ValueError, match="N x k"): node_scores(np.ones((3, 2)), np.ones((3, 3)))
 
 

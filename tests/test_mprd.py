@@ -305,7 +305,7 @@ def test_compat_forgets_the_referee_and_takes_the_cluster_next_door(tiny):
     method.flips = [[np.zeros(0, np.int64)] * len(t.labels)] * 2
     index = np.array([np.flatnonzero(t.labels == y)[0] for y in (0, 1)])
     for compat in (True, False):
-        t.settings.compat = compat
+        t.settings = t.settings | {"compat": compat}
         assert [p.tolist() for p in method.hard_pairs(t, index)[0]] == [method.mates[i - compat].tolist() for i in index]
 
 

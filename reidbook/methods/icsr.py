@@ -20,8 +20,9 @@ from .. import training
 from ..clustering import agglomerative, dbscan, infomap, min_similarity
 from ..data import Dataset
 from .baseline import Baseline
-from ..neighbors import jaccard_similarity, knn
+from ..neighbors import as_array, as_ids, as_neighbors, as_number, jaccard_similarity, knn
 from ..noise import noise_kinds
+from ..training import Setting
 
 # %% ../../nbs/12_methods.icsr.ipynb #0018abcd
 def node_scores(similarities,        # N x k of `knn`, self included
@@ -29,9 +30,9 @@ def node_scores(similarities,        # N x k of `knn`, self included
                 min_similarity=0.5,  # cosine an edge needs
                 ) -> np.ndarray:     # N float64
     "For each image the sum over its edges of 1 / (distance + mean distance in the whole table); 0 without an edge (ICSR, released code)."
-    similarities, indices = np.asarray(similarities, np.float64), np.asarray(indices)
-    if similarities.ndim != 2 or similarities.shape != indices.shape:
-        raise ValueError(f"similarities {similarities.shape} and indices {indices.shape}: expected two N x k tables, as knn gives them")
+    similarities, indices = as_neighbors((similarities, indices))
+    similarities = similarities.astype(np.float64)
+    min_similarity = as_number(min_similarity, "min_similarity")
     distance = np.maximum(1 - similarities, 0)
     edge = (similarities >= min_similarity) & (indices != np.arange(len(indices))[:, None])
     return (edge / (distance + max(distance.mean(), 1e-12))).sum(1)
@@ -42,9 +43,13 @@ def information_nodes(scores,        # N, from `node_scores`
                       rule="max",    # "max": the best score; "last": the last above the mean in image order, as released
                       ) -> dict:     # cluster -> image
     "The image that speaks for its cluster; a cluster without an eligible image has none."
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
-    if rule not in ("max", "last"): raise ValueError(f"rule {rule!r}: expected max (the best score) or last (the last above the mean, as released)")
-    if len(scores) != len(labels): raise ValueError(f"{len(scores)} scores but {len(labels)} labels: one per image is needed")
+    scores, labels = as_array(scores, "scores").astype(np.float64), as_ids(labels)
+    if scores.shape != labels.shape or not np.isfinite(scores).all():
+        raise ValueError(f"scores: found shape {scores.shape}, NaN or Inf, "
+                         f"expected {len(labels)} finite numbers, one per image")
+    if str(rule) not in ("max", "last"):
+        raise ValueError(f"rule {rule!r}: expected max (the best score) or "
+                         "last (the last above the mean, as released)")
     able = np.flatnonzero((labels >= 0) & (scores > (0 if rule == "max" else scores.mean())))
     key = scores if rule == "max" else np.arange(len(scores))
     order = able[np.lexsort((able, -key[able], labels[able]))]       # by cluster, best first; ties to the lower index
@@ -68,8 +73,15 @@ def refine_labels(labels,        # N global labels, -1 for outliers
                   ) -> np.ndarray:  # N int64 labels; images struck out have -1
     "Each node strikes out the images of its own camera and global cluster that are in another local cluster (ICSR)."
     need_cameras(cams)
-    old, cams, local = (np.asarray(a, dtype=np.int64) for a in (labels, cams, local_labels))
-    if not len(old) == len(cams) == len(local): raise ValueError(f"{len(old)} labels, {len(cams)} cameras, {len(local)} local labels: one of each per image is needed")
+    old, rate = np.maximum(as_ids(labels), -1), as_number(rate, "rate", 0, 1)
+    n = len(old)
+    cams, local = as_ids(cams, "cams", n), as_ids(local_labels, "local_labels", n)
+    if not isinstance(nodes, dict):
+        raise ValueError(f"nodes: found {type(nodes).__name__}, "
+                         "expected a dict cluster -> image, from information_nodes")
+    as_ids(list(nodes.values()), "nodes", None, 0, n - 1)
+    if draws is not None and as_array(draws, "draws").shape != (n,):
+        raise ValueError(f"draws: expected one number for each of the {n} images")
     new, order = old.copy(), np.argsort(old, kind="stable")
     starts = np.searchsorted(old[order], np.arange(old.max(initial=-1) + 2))
     for _, v in sorted(nodes.items()):
@@ -209,14 +221,22 @@ def global_clusters(feats,  # N x D
 class ICSR(Baseline):
     "Cluster Contrast on global clusters from which each camera's own clusters have struck out what does not belong (Li et al. 2023)."
     settings = Baseline.settings | dict(
-                    batch_size=64, instances=4, bn_group_size=16,
-                    clustering="infomap",               # global clusters: infomap, agglomerative or dbscan
-                    knn=15, min_similarity=0.5, min_size=5,  # the kNN graph of scores and Infomap; smaller Infomap clusters become outliers
-                    n_clusters=0,                       # of agglomerative; 0: one for every 20 images
-                    nodes="max",                        # who speaks for a cluster: max, last (as released), or none (no refinement, no stage 1)
-                    nodes_from="labels",                # clusters that choose the nodes: the global ones, or infomap (as released)
-                    self_paced=False,                   # strike out each candidate with probability `pace`
-                    camera_epochs=20, camera_iterations=100, camera_momentum=0.2, camera_clusters=0)  # stage 1; clusters: as in `local_count`
+        batch_size=64, instances=4, bn_group_size=16,
+        clustering=Setting("infomap", "what makes the global clusters",
+                           choices=("infomap", "agglomerative", "dbscan")),
+        knn=Setting(15, "in the graph of scores and Infomap, itself counted", "neighbours", low=2),
+        min_similarity=Setting(0.5, "cosine that an edge of it needs", low=-1, high=1),
+        min_size=Setting(5, "in an Infomap cluster; smaller ones become outliers", "images", low=1),
+        n_clusters=Setting(0, "of agglomerative; 0: one for every 20 images", "clusters", low=0),
+        nodes=Setting("max", "who speaks for a cluster; last: as released; none: no stage 1",
+                      choices=("max", "last", "none")),
+        nodes_from=Setting("labels", "clusters that choose the nodes; infomap: as released",
+                           choices=("labels", "infomap")),
+        self_paced=Setting(False, "strike out each candidate with probability `pace`"),
+        camera_epochs=Setting(20, "of stage 1", "epochs", low=1),
+        camera_iterations=Setting(100, "in an epoch of stage 1", "batches", low=1),
+        camera_momentum=Setting(0.2, "of the prototypes of stage 1", low=0, high=1),
+        camera_clusters=Setting(0, "of a camera; 0: one for every five images", "clusters", low=0))
     datasets = {"market1501": dict(camera_clusters=600, n_clusters=800), "dukemtmcreid": dict(camera_clusters=600), "msmt17": dict(n_clusters=1200),
                 "synthetic": dict(clustering="dbscan", temperature=0.1, momentum=0.2, camera_epochs=5, camera_iterations=30),
                 "synthetic-tiny": dict(batch_size=32, clustering="dbscan", temperature=0.1, momentum=0.2, camera_epochs=2, camera_iterations=5), "synthetic-large": {}}
@@ -226,9 +246,6 @@ class ICSR(Baseline):
     def prepare(self, t):
         "Stage 1, once."
         s = t.settings
-        for name, choices in dict(clustering=("infomap", "agglomerative", "dbscan"), nodes=("max", "last", "none"), nodes_from=("labels", "infomap")).items():
-            if getattr(s, name) not in choices: raise ValueError(f"setting {name}={getattr(s, name)!r}: expected {', '.join(choices)}")
-        if s.camera_epochs < 1: raise ValueError(f"setting camera_epochs={s.camera_epochs}: expected at least 1")
         need_cameras(t.cams)
         if s.nodes != "none": self.local = camera_labels(t)
 

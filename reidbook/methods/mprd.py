@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from .. import training
 from ..clustering import dbscan, min_similarity
 from ..data import train_transform
-from ..memory import ClusterMemory, mean_update, prototypes
+from ..memory import ClusterMemory, mean_update, on_device, prototypes
 from ..models import extract_features
-from ..neighbors import jaccard_similarity
+from ..neighbors import as_ids, jaccard_similarity
+from ..training import Setting
+
 
 # %% ../../nbs/13_methods.mprd.ipynb #0014abcd
 def _cells(a, b):
@@ -31,7 +33,7 @@ def _cells(a, b):
 
 def _alone(labels):
     "Labels in which every outlier is a cluster of its own."
-    labels = torch.as_tensor(labels).cpu().numpy().astype(np.int64)
+    labels = as_ids(labels)
     outliers = labels < 0
     labels[outliers] = max(labels.max(initial=-1) + 1, 0) + np.arange(outliers.sum())
     return labels
@@ -280,7 +282,7 @@ def mixed_prototypes(prototypes,  # K x D
     same = targets[:, None] == targets
     later = same.triu(1).sum(1)  # items of the same cluster still to come
     weights = alpha * (1 - alpha) ** later
-    count = torch.bincount(targets, minlength=len(prototypes))
+    count = targets.new_zeros(len(prototypes)).index_add(0, targets, torch.ones_like(targets))
     return (prototypes * (1 - alpha) ** count[:, None]).index_add(0, targets, weights[:, None] * drawn)
 
 # %% ../../nbs/13_methods.mprd.ipynb #0072abcd
@@ -299,7 +301,7 @@ def _shared_rows(lists, device):
     rows, where = np.unique(np.concatenate([*lists, np.zeros(0, np.int64)]).astype(np.int64), return_inverse=True)
     mine = np.zeros((len(lists), len(rows)), bool)
     mine[np.repeat(np.arange(len(lists)), [len(x) for x in lists]), where] = True
-    return torch.from_numpy(rows).to(device), torch.from_numpy(mine).to(device)
+    return on_device(rows, device), on_device(mine, device)
 
 def mining_loss(feats,        # B x D
                 targets,      # B labels
@@ -333,12 +335,13 @@ def write_rows(memory, feats, index):
     "The batch overwrites its rows of the instance memory, in place; of several copies the last stays."
     index = np.asarray(index)
     last = len(index) - 1 - np.unique(index[::-1], return_index=True)[1]
-    memory[torch.from_numpy(index[last]).to(memory.device)] = F.normalize(feats.detach()[torch.from_numpy(last).to(feats.device)], dim=1)
+    kept = feats.detach()[on_device(last, feats.device)]
+    memory[on_device(index[last], memory.device)] = F.normalize(kept, dim=1)
 
 # %% ../../nbs/13_methods.mprd.ipynb #0082abcd
 def aligned_prototypes(prototypes,  # K x D, unit rows
                        feats,       # B x D of one view
-                       targets,     # B labels
+                       targets,     # B labels; numpy, or a GPU is waited for
                        positives,   # B index arrays: hard positives
                        negatives,   # B index arrays: hard negatives
                        labels,      # N labels of this epoch
@@ -350,12 +353,13 @@ def aligned_prototypes(prototypes,  # K x D, unit rows
     hardest = memory[rows[(feats.detach() @ memory[rows].T).masked_fill(~mine, torch.inf).argmin(1)]]
     who = np.repeat(np.arange(len(negatives)), [len(n) for n in negatives])
     j = np.concatenate([*negatives, np.zeros(0, np.int64)]).astype(np.int64)
-    y = targets.cpu().numpy()
+    y = as_ids(targets, "targets")
     known = (labels[j] >= 0) & (labels[j] < len(prototypes)) & (labels[j] != y[who])
     item, cluster = np.r_[np.arange(len(y)), who[known]], np.r_[y, labels[j][known]]
     order = np.argsort(item, kind="stable")
-    vectors = torch.cat([hardest, away[torch.from_numpy(known).to(away.device)]])
-    return mean_update(prototypes, vectors[torch.from_numpy(order).to(vectors.device)], cluster[order], 1 - tau)
+    vectors = torch.cat([hardest, away[on_device(np.flatnonzero(known), away.device)]])
+    vectors = vectors[on_device(order, vectors.device)]
+    return mean_update(prototypes, vectors, cluster[order], 1 - tau)
 
 # %% ../../nbs/13_methods.mprd.ipynb #0084abcd
 def alignment_loss(feats,    # B x D
@@ -420,7 +424,12 @@ def train_on_pairs(gcn, memory,
 # %% ../../nbs/13_methods.mprd.ipynb #0094abcd
 class Flips(training.Method):
     "What is remembered: the baseline's clusters, prototypes, a memory of every image, and the flips since the last epoch."
-    settings = dict(momentum=0.1, update="hard", temperature=0.05, compat=False)  # compat: what the released code does
+    settings = dict(
+        momentum=Setting(0.1, "weight of the old prototype in an update", low=0, high=1),
+        update=Setting("hard", "what writes a prototype: every image, or the hardest",
+                       choices=("mean", "hard")),
+        temperature=Setting(0.05, "of the softmax over all prototypes", above=0),
+        compat=Setting(False, "what the released code does"))
 
     def labels(self, t, feats):
         "DBSCAN on the sparse Jaccard similarity, as the baseline."
@@ -456,36 +465,42 @@ class Flips(training.Method):
 class PairLosses(Flips):
     "What is minimised: the mining loss and the alignment."
     settings = Flips.settings | dict(
-        alpha=0.2,             # share of a hard positive in its prototype; 0: no mixing
-        negative_weight=0.05,  # lambda, of hard negatives; 0: none
-        alignment_weight=1.0,  # of the alignment loss; 0: none, and no second view
-        tau=0.1,               # share of a hard image in the prototypes of the alignment
-        alignment_temperature=0.05)  # of the alignment's softmax; fixed in the released code
+        alpha=Setting(0.2, "share of a hard positive in its prototype; 0: none", low=0, high=1),
+        negative_weight=Setting(0.05, "lambda, of hard negatives; 0: none", low=0),
+        alignment_weight=Setting(1.0, "of the alignment; 0: none, and no second view", low=0),
+        tau=Setting(0.1, "share of a hard image in the alignment's prototypes", low=0, high=1),
+        alignment_temperature=Setting(
+            0.05, "of the alignment's softmax; fixed in the released code", above=0))
 
     def loss(self, t, batch):
         "Both losses of a batch; its features overwrite their rows of the memory between the two."
         s, y, index = t.settings, batch.labels, batch.index
         f = batch.feats = F.normalize(t.model(batch.images)[0], dim=1)
         positives, negatives = self.hard_pairs(t, index)
-        mixed = mixed_prototypes(self.bank.prototypes, self.memory[[self.rng.choice(p) for p in positives]], y, s.alpha)
+        drawn = on_device(np.array([self.rng.choice(p) for p in positives]), t.device)
+        mixed = mixed_prototypes(self.bank.prototypes, self.memory[drawn], y, s.alpha)
         terms = {"mining": mining_loss(f, y, self.bank.prototypes, mixed, negatives, self.memory, s.negative_weight, s.temperature, s.compat)}
-        away = self.memory[np.concatenate(negatives)]
+        away = self.memory[on_device(np.concatenate(negatives).astype(np.int64), t.device)]
         write_rows(self.memory, f, index)
         if not s.alignment_weight: return terms
         partners = np.array([self.rng.choice(self.mates[i]) for i in index])
         g = F.normalize(t.model(augmented(t, partners, self.generator))[0], dim=1)
-        q, r = (aligned_prototypes(self.bank.prototypes, x, y, positives, negatives, t.labels, self.memory, away, s.tau) for x in (f, g))
+        q, r = (aligned_prototypes(self.bank.prototypes, x, batch.targets, positives, negatives,
+                                   t.labels, self.memory, away, s.tau) for x in (f, g))
         alignment = alignment_loss(f, g, q, r, s.alignment_temperature)
         return terms | {"alignment": s.alignment_weight * alignment}
 
     def after_step(self, t, batch):
         "The hardest image of each cluster writes its prototype."
-        self.bank.update(batch.feats, batch.labels)
+        self.bank.update(batch.feats, batch.targets)
 
 # %% ../../nbs/13_methods.mprd.ipynb #0098abcd
 class Referee(PairLosses):
     "What is believed: a graph network, pre-trained on views of the images, strikes out flips."
-    settings = PairLosses.settings | dict(use_gcn=True, gcn_width=512, gcn_passes=1)  # its size, and passes over the images before the first epoch
+    settings = PairLosses.settings | dict(
+        use_gcn=Setting(True, "let the graph network strike out flips"),
+        gcn_width=Setting(512, "of its graph convolutions", "units", low=1),
+        gcn_passes=Setting(1, "over the images before the first epoch", "passes", low=0))
 
     def prepare(self, t):
         "The graph network, made once for the same images, weights and seed."
@@ -522,14 +537,15 @@ class Referee(PairLosses):
 # %% ../../nbs/13_methods.mprd.ipynb #0100abcd
 class MPRD(Referee):
     "Meta Pairwise Relationship Distillation (Ji et al., ICCV 2021 and TNNLS 2024): the referee learns from the pairs of every epoch."
-    settings = Referee.settings | dict(gcn_online=True)
+    settings = Referee.settings | dict(
+        gcn_online=Setting(True, "let the graph network learn from the pairs of every epoch"))
     published = dict(batch_size=64, iterations=400, pooling="avg")
     rendered = dict(temperature=0.1, momentum=0.2, gcn_width=32,
-                    alignment_temperature=0.1)  # as the committed runs had it: one temperature for both losses
+                    alignment_temperature=0.1)  # as the committed runs had it: one for both losses
     datasets = {"market1501": published | dict(eps=0.4), "dukemtmcreid": published | dict(eps=0.6),
                 "msmt17": published | dict(eps=0.7),
-                "synthetic": rendered | dict(gcn_passes=2), "synthetic-tiny": rendered | dict(gcn_passes=12),
-                "synthetic-large": {}}
+                "synthetic": rendered | dict(gcn_passes=2),
+                "synthetic-tiny": rendered | dict(gcn_passes=12), "synthetic-large": {}}
 
     def start_epoch(self, t, feats):
         super().start_epoch(t, feats)

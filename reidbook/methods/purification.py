@@ -16,7 +16,9 @@ from .. import training
 from ..clustering import dbscan, min_similarity
 from ..memory import ClusterMemory, prototypes
 from ..models import create_model, load_state, read_state
-from ..neighbors import jaccard_similarity
+from ..neighbors import as_array, as_number, jaccard_similarity
+from ..training import Setting
+
 
 # %% ../../nbs/15_methods.purification.ipynb #0022abcd
 VIEWS = ("whole", "upper", "lower")
@@ -34,10 +36,17 @@ def fuse(global_,  # N x N similarities or distances of the whole image: numpy, 
          lambda1,  # weight of each half, in [0, 0.5]; the whole keeps 1 - 2 lambda1
          ):        # of the same type and shape as the inputs
     "One matrix from three: (1 - 2 lambda1) whole + lambda1 upper + lambda1 lower (Lan et al. 2023, feature purification). ValueError on a weight outside [0, 0.5] or unequal shapes."
-    if not 0 <= lambda1 <= 0.5: raise ValueError(f"lambda1={lambda1}: expected a weight in [0, 0.5], such as 0.15")
+    w = as_number(lambda1, "lambda1", 0, 0.5)
+    kinds = {"sparse" if sp.issparse(x) else "tensor" if torch.is_tensor(x) else "array"
+             for x in (global_, upper, lower)}
+    if len(kinds) > 1:
+        raise ValueError(f"found {' and '.join(sorted(kinds))} among the three views, "
+                         "expected three of one kind: convert them first")
+    if kinds == {"array"}:
+        global_, upper, lower = (as_array(x, "a view") for x in (global_, upper, lower))
     if not global_.shape == upper.shape == lower.shape:
-        raise ValueError(f"shapes {global_.shape}, {upper.shape}, {lower.shape}: the three views must be of the same images")
-    w = float(lambda1)
+        raise ValueError(f"shapes {global_.shape}, {upper.shape}, {lower.shape}: "
+                         "the three views must be of the same images")
     fused = (1 - 2 * w) * global_ + w * upper + w * lower
     return fused.asformat(global_.format) if sp.issparse(fused) else fused
 
@@ -90,9 +99,11 @@ def distillation_loss(feats,        # (B x D, B x 2 x D) of the student
 # %% ../../nbs/15_methods.purification.ipynb #0062abcd
 class ThreeViews(training.Method):
     "Fused similarity, one bank per view, the whole image at test (Lan et al. 2023, feature purification): the teacher."
-    settings = dict(temperature=0.05, momentum=0.1,
-                    lambda1=0.15,  # weight of each half in the similarity
-                    lambda2=0.2)   # weight of each half in the loss
+    settings = dict(
+        temperature=Setting(0.05, "of the softmax over all prototypes", above=0),
+        momentum=Setting(0.1, "weight of the old prototype in an update", low=0, high=1),
+        lambda1=Setting(0.15, "weight of each half in the similarity", low=0, high=0.5),
+        lambda2=Setting(0.2, "weight of each half in the loss", low=0, high=1))
     datasets = {"msmt17": dict(eps=0.7), "synthetic": dict(temperature=0.1, momentum=0.2), "synthetic-large": {}}
 
     def model(self, t):
@@ -121,7 +132,7 @@ class ThreeViews(training.Method):
 
     def after_step(self, t, batch):
         "Each view of the batch writes itself into its bank."
-        for bank, view in zip(self.banks, views(batch.feats)): bank.update(view, batch.labels)
+        for bank, view in zip(self.banks, views(batch.feats)): bank.update(view, batch.targets)
 
 # %% ../../nbs/15_methods.purification.ipynb #0064abcd
 def train_teacher(t,         # state of the student's run
@@ -134,11 +145,12 @@ def train_teacher(t,         # state of the student's run
     return {"state_dict": {k: v.cpu() for k, v in own.model.state_dict().items()}, "history": own.history}
 
 # %% ../../nbs/15_methods.purification.ipynb #0066abcd
-TEACHER_BN = ("frozen", "batch")  # the teacher's batch norm: its running statistics, or the batch's, as released
-STUDENT = dict(mu=1.0,      # weight of the pull to the teacher
-               warm=2,      # length of the teacher's epoch at the start, in epochs; 0: none
-               teacher="",  # file of a trained teacher; empty: train one
-               teacher_bn="frozen")
+TEACHER_BN = ("frozen", "batch")  # its running statistics, or the batch's, as released
+STUDENT = dict(
+    mu=Setting(1.0, "weight of the pull to the teacher", low=0),
+    warm=Setting(2, "length of the teacher's epoch at the start; 0: none", "epochs", low=0),
+    teacher=Setting("", "file of a trained teacher; empty: train one"),
+    teacher_bn=Setting("frozen", "its batch norm; batch: as released", choices=TEACHER_BN))
 
 # %% ../../nbs/15_methods.purification.ipynb #0067abcd
 class Purification(ThreeViews):
@@ -148,15 +160,14 @@ class Purification(ThreeViews):
     def prepare(self, t):
         "The teacher: from a file, or trained, once, and found again. The warm epoch comes on top of `epochs`."
         s = t.settings
-        if s.teacher_bn not in TEACHER_BN: raise ValueError(f"setting teacher_bn={s.teacher_bn!r}: expected {' or '.join(TEACHER_BN)}")
         if not s.mu and not s.warm: return
         model, _ = create_model(s.backbone, "none", pooling=s.pooling, parts=2, bn_group_size=s.bn_group_size)
-        alone = {k: v for k, v in vars(s).items() if k not in STUDENT} | {"eval_every": s.epochs}
+        alone = {k: v for k, v in s.items() if k not in STUDENT} | {"eval_every": s.epochs}
         state = read_state(s.teacher) if s.teacher else training.stage(t, "teacher", alone, lambda folder: train_teacher(t, alone, folder))["state_dict"]
         load_state(model, state, s.teacher or "the teacher stage")
         self.teacher = SimpleNamespace(model=model.to(t.device), settings=s, device=t.device)  # what `features` and `quicken` ask for
         training.quicken(self.teacher)
-        s.epochs += s.warm > 0
+        if s.warm: t.settings = s | {"epochs": s.epochs + 1}
 
     def plan(self, t):
         "The warm epoch is longer; where there is one, no other start is held after it."
