@@ -115,7 +115,7 @@ class ClusterBrowser:
         self.pids = None if pids is None else np.asarray(pids)
         self.values = member_values(feats, labels, parts)
         self.sizes = pd.Series(self.labels[self.labels >= 0]).value_counts()
-        if self.sizes.empty: raise ValueError("all images are outliers: nothing to look into")
+        if self.sizes.empty: raise ValueError("all images are outliers: no cluster to look into")
         self.cluster = self.sizes.index[0] if cluster is None else cluster
         if self.cluster not in self.sizes.index:
             known = f"expected 0 to {self.labels.max()}"
