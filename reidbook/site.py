@@ -75,7 +75,8 @@ CODE = re.compile(r"^(?P<f>`{3,}|~{3,}).*?^(?P=f)[ \t]*$"  # code in markdown: i
                   r"|(?P<t>`+)[^`].*?(?P=t)(?!`)", re.M | re.S)  # in a line
 
 def split_options(source: str):  # option lines, source without its `#|` lines
-    "Quarto's `#| key: value` lines at the head of a cell, and those on which a quoted text goes on."
+    """Quarto's `#| key: value` lines at the head of a cell, and those on which a quoted text goes
+    on."""
     head = re.match(r"(?:#\|[^\n]*(?:\n|$))*", source)[0]
     option = re.compile(r"#\|(?:\s*[\w-]+:\s|\s{2,}\S)")
     lines = [line for line in head.splitlines() if option.match(line + " ")]
@@ -126,9 +127,10 @@ def directives(cell) -> dict:
     "The words for nbdev that stood in a cell, such as `export`."
     return getattr(cell, "directives_", None) or {}
 
+# %% ../nbs/24_site.ipynb #0023bbcd
 class BookPage:
-    """nbdev's last processor of a notebook: exported code under its documentation, diagrams, texts for
-    pictures."""
+    """nbdev's last processor of a notebook: exported code under its documentation, diagrams,
+    texts for pictures."""
     def __init__(self, nb): self.nb = nb
 
     def begin(self):
@@ -295,7 +297,8 @@ def finished_runs(nbs):  # list of (page, front matter, cells), list of (folder,
     for folder in run_folders(Path(nbs) / "runs"):
         try: good.append((f"runs/{folder.name}/run.ipynb", *read_run(folder)))
         except FileNotFoundError as e: why = f"{Path(e.filename).name} is missing"
-        except Exception as e: why = str(e) or type(e).__name__  # of JSON, YAML, notebooks: many kinds
+        except Exception as e:  # of JSON, YAML, notebooks: many kinds
+            why = str(e) or type(e).__name__
         else: continue
         left_out.append((printable(folder.name), printable(why)[:200]))
     return good, left_out
@@ -342,7 +345,8 @@ def stage_runs(nbs: Path, proc: Path, good: list):  # `good`: from `finished_run
 
 # %% ../nbs/24_site.ipynb #0041abcd
 def prepare(root):  # folder _proc, its configuration, what was left out and why
-    "Everything a renderer needs in `_proc/`: processed notebooks, `_quarto.yml` without the absent."
+    """Everything a renderer needs in `_proc/`: processed notebooks, `_quarto.yml` without the
+    absent."""
     nbs = Path(root) / "nbs"
     proc, config = process_notebooks(root), read_config(root)
     good, left_out = finished_runs(nbs)
@@ -454,7 +458,8 @@ def cell_markdown(cell, save) -> str:
     known, body = options(cell.source)
     code = fence(body, ".python") if body and known.get("echo") is not False else ""
     if code and known.get("code-fold"):
-        code = fence("<details><summary>Code</summary>", "=html") + code + fence("</details>", "=html")
+        opened = fence("<details><summary>Code</summary>", "=html")
+        code = opened + code + fence("</details>", "=html")
     outputs = [] if known.get("output") is False else cell.outputs
     shown = [output_markdown(o, save, known.get("fig-alt", "")) for o in outputs]
     shown = "".join(f"\n\n::: cell-output\n{o}\n:::\n\n" for o in shown if o)
@@ -525,7 +530,8 @@ def listing_html(listing: dict, runs: list) -> str:
     numbers = {f for f, kind in listing.get("field-types", {}).items() if kind == "number"}
     def cell(page, meta, f):
         value = "" if meta.get(f) is None else str(meta[f])
-        shown = page_link("", page_address(page, meta), value) if f == "title" else html.escape(value)
+        title = f == "title"
+        shown = page_link("", page_address(page, meta), value) if title else html.escape(value)
         return f'<td class="{"number" if f in numbers else "text"}">{shown}</td>'
     order = sorted(runs, key=lambda r: [str(r[1].get(f, "")) for f in listing.get("sort", [])])
     buttons = [f'<button type="button">{html.escape(names.get(f, f))}</button>' for f in fields]
@@ -540,7 +546,8 @@ def read_page(path: Path):  # front matter, cells
     if path.suffix == ".ipynb": return front_matter(nbformat.read(path, 4).cells)
     m = re.match(r"---\n(.*?)\n---\n(.*)", path.read_text(), re.S)
     if not m:
-        raise ValueError(f"{path.name} has no front matter: it must begin with ---, a title and ---")
+        raise ValueError(f"{path.name} has no front matter: "
+                         "it must begin with ---, a title and ---")
     return yaml.safe_load(m[1]), [nbformat.v4.new_markdown_cell(m[2])]
 
 def picture_saver(folder: Path, stem: str):
@@ -559,12 +566,16 @@ def page_words(page: str, read: dict, links: dict, config: dict) -> dict:
     meta, contents = read[page][0], config["website"]["sidebar"]["contents"]
     up, said = "../" * page.count("/"), html.escape(str(meta.get("description", "")))
     order = [f for _, f in reading_order(contents)]
-    return {"up": up, "site": html.escape(config["website"]["title"]), "said": said.replace("`", ""),
+    return {"up": up, "site": html.escape(config["website"]["title"]),
+            "said": said.replace("`", ""),
             "subtitle": re.sub("`([^`]+)`", r"<code>\1</code>", said), "facts": facts_html(meta),
-            "sidebar": sidebar_html(contents, links, page, up), "way": way_html(order, links, page, up)}
+            "sidebar": sidebar_html(contents, links, page, up),
+            "way": way_html(order, links, page, up)}
 
-def render_page(page: str, read: dict, config: dict, proc: Path, out: Path) -> list:  # of search entries
-    "One page of the plain build; `read`: file -> (front matter, cells)."
+def render_page(page: str,
+                read: dict,  # file -> (front matter, cells)
+                config: dict, proc: Path, out: Path) -> list:  # of search entries
+    "One page of the plain build."
     meta, cells = read[page]
     links = {p: (page_address(p, m), str(m.get("title", p))) for p, (m, _) in read.items()}
     address, title = links[page]
@@ -577,13 +588,15 @@ def render_page(page: str, read: dict, config: dict, proc: Path, out: Path) -> l
     if "listing" in meta:
         runs = [(p, m) for p, (m, _) in read.items() if p.startswith("runs/")]
         text += fence(listing_html(meta["listing"], runs), "=html")
-    more = ["--toc", f"--template={proc.absolute() / 'plain.template'}", f"--metadata=pagetitle={title}"]
+    template = proc.absolute() / "plain.template"
+    more = ["--toc", f"--template={template}", f"--metadata=pagetitle={title}"]
     more += [f"--variable={k}={v}" for k, v in page_words(page, read, links, config).items()]
     if "bibliography" in config: more += cite_options(proc / config["bibliography"])
     made = link_pages(markdown_html(text, more), page, {p: a for p, (a, _) in links.items()})
     target.write_text(made, encoding="utf-8")
     return search_entries(address, title, str(meta.get("description", "")), made)
 
+# %% ../nbs/24_site.ipynb #0085bbcd
 def search_entries(address, title, said, made) -> list:
     "A page in the search index: itself, and each of its headings."
     heads = re.findall(r'<h[23]\b[^>]*\bid="([^"]+)"[^>]*>(.*?)</h[23]>', made, re.S)

@@ -195,7 +195,7 @@ def test_one_argument_spoilt(name):
 def test_nothing_is_forgotten():
     "Every public function of the numeric modules is in the table, or named here with a reason."
     covered = {function.__name__ for function, _ in CALLS.values()} | {"jaccard_similarity", "infomap", "knn_approximate", "correct_labels"}
-    covered |= {"compiled", "compiled_loosely", "in_threads", "full_precision", "products"}  # machinery, without data of the reader's
+    covered |= {"compiled", "compiled_loosely", "in_threads", "full_precision", "products", "on_device"}  # machinery, without data of the reader's
     covered |= {"as_array", "as_lists", "as_neighbors", "as_count", "as_number", "as_batch", "as_graph"}  # the checks themselves: every row above goes through them
     for module in (neighbors, clustering, noise, memory, evaluation):
         for name in module.__all__:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .. import training
 from ..clustering import dbscan, min_similarity
 from ..data import train_transform
-from ..memory import ClusterMemory, mean_update, prototypes
+from ..memory import ClusterMemory, mean_update, on_device, prototypes
 from ..models import extract_features
 from ..neighbors import as_ids, jaccard_similarity
 from ..training import Setting
@@ -319,9 +319,10 @@ def mixed_prototypes(prototypes,  # K x D
     same = targets[:, None] == targets
     later = same.triu(1).sum(1)  # items of the same cluster still to come
     weights = alpha * (1 - alpha) ** later
-    count = torch.bincount(targets, minlength=len(prototypes))
+    count = targets.new_zeros(len(prototypes)).index_add(0, targets, torch.ones_like(targets))
     left = prototypes * (1 - alpha) ** count[:, None]
     return left.index_add(0, targets, weights[:, None] * drawn)
+
 
 # %% ../../nbs/13_methods.mprd.ipynb #0072abcd
 def _mining_logits(feats, targets, prototypes, mixed, negatives, memory, weight, temperature):
@@ -342,7 +343,7 @@ def _shared_rows(lists, device):
                             return_inverse=True)
     mine = np.zeros((len(lists), len(rows)), bool)
     mine[np.repeat(np.arange(len(lists)), [len(x) for x in lists]), where] = True
-    return torch.from_numpy(rows).to(device), torch.from_numpy(mine).to(device)
+    return on_device(rows, device), on_device(mine, device)
 
 def mining_loss(feats,        # B x D
                 targets,      # B labels
@@ -381,14 +382,14 @@ def write_rows(memory, feats, index):
     of several copies the last stays."""
     index = np.asarray(index)
     last = len(index) - 1 - np.unique(index[::-1], return_index=True)[1]
-    rows = torch.from_numpy(index[last]).to(memory.device)
-    kept = feats.detach()[torch.from_numpy(last).to(feats.device)]
-    memory[rows] = F.normalize(kept, dim=1)
+    kept = feats.detach()[on_device(last, feats.device)]
+    memory[on_device(index[last], memory.device)] = F.normalize(kept, dim=1)
+
 
 # %% ../../nbs/13_methods.mprd.ipynb #0082abcd
 def aligned_prototypes(prototypes,  # K x D, unit rows
                        feats,       # B x D of one view
-                       targets,     # B labels
+                       targets,     # B labels; numpy, or a GPU is waited for
                        positives,   # B index arrays: hard positives
                        negatives,   # B index arrays: hard negatives
                        labels,      # N labels of this epoch
@@ -402,13 +403,14 @@ def aligned_prototypes(prototypes,  # K x D, unit rows
     hardest = memory[rows[cosines.argmin(1)]]
     who = np.repeat(np.arange(len(negatives)), [len(n) for n in negatives])
     j = np.concatenate([*negatives, np.zeros(0, np.int64)]).astype(np.int64)
-    y = targets.cpu().numpy()
+    y = as_ids(targets, "targets")
     known = (labels[j] >= 0) & (labels[j] < len(prototypes)) & (labels[j] != y[who])
     item, cluster = np.r_[np.arange(len(y)), who[known]], np.r_[y, labels[j][known]]
     order = np.argsort(item, kind="stable")
-    vectors = torch.cat([hardest, away[torch.from_numpy(known).to(away.device)]])
-    return mean_update(prototypes, vectors[torch.from_numpy(order).to(vectors.device)],
-                       cluster[order], 1 - tau)
+    vectors = torch.cat([hardest, away[on_device(np.flatnonzero(known), away.device)]])
+    vectors = vectors[on_device(order, vectors.device)]
+    return mean_update(prototypes, vectors, cluster[order], 1 - tau)
+
 
 # %% ../../nbs/13_methods.mprd.ipynb #0084abcd
 def alignment_loss(feats,    # B x D
@@ -545,23 +547,23 @@ class PairLosses(Flips):
         s, y, index = t.settings, batch.labels, batch.index
         f = batch.feats = F.normalize(t.model(batch.images)[0], dim=1)
         positives, negatives = self.hard_pairs(t, index)
-        mixed = mixed_prototypes(self.bank.prototypes,
-                                 self.memory[[self.rng.choice(p) for p in positives]], y, s.alpha)
+        drawn = on_device(np.array([self.rng.choice(p) for p in positives]), t.device)
+        mixed = mixed_prototypes(self.bank.prototypes, self.memory[drawn], y, s.alpha)
         terms = {"mining": mining_loss(f, y, self.bank.prototypes, mixed, negatives, self.memory,
                                        s.negative_weight, s.temperature, s.compat)}
-        away = self.memory[np.concatenate(negatives)]
+        away = self.memory[on_device(np.concatenate(negatives).astype(np.int64), t.device)]
         write_rows(self.memory, f, index)
         if not s.alignment_weight: return terms
         partners = np.array([self.rng.choice(self.mates[i]) for i in index])
         g = F.normalize(t.model(augmented(t, partners, self.generator))[0], dim=1)
-        q, r = (aligned_prototypes(self.bank.prototypes, x, y, positives, negatives, t.labels,
-                                   self.memory, away, s.tau) for x in (f, g))
+        q, r = (aligned_prototypes(self.bank.prototypes, x, batch.targets, positives, negatives,
+                                   t.labels, self.memory, away, s.tau) for x in (f, g))
         alignment = alignment_loss(f, g, q, r, s.alignment_temperature)
         return terms | {"alignment": s.alignment_weight * alignment}
 
     def after_step(self, t, batch):
         "The hardest image of each cluster writes its prototype."
-        self.bank.update(batch.feats, batch.labels)
+        self.bank.update(batch.feats, batch.targets)
 
 # %% ../../nbs/13_methods.mprd.ipynb #0098abcd
 class Referee(PairLosses):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..clustering import dbscan, min_similarity
-from ..memory import prototypes, soft_triplet_loss
+from ..memory import on_device, prototypes, soft_triplet_loss
 from ..models import create_model
 from ..neighbors import (as_array, as_batch, as_count, as_matrix, as_number,
                                 jaccard_similarity, list_agreement, neighbor_lists)
@@ -155,16 +155,17 @@ def inter_camera_loss(features,    # B x D; normalised here
     hard_negatives = as_count(hard_negatives, "hard_negatives", 0)
     same = targets[:, None] == proxy_pids
     positive = same & (cams[:, None] != proxy_cams)
-    rows = positive.any(1)
-    same, positive = same[rows], positive[rows]
-    sims = F.normalize(features[rows], dim=1) @ proxies.T / temperature
+    # images without a positive stay, with weight 0: to select would wait for a GPU
+    has = positive.any(1)
+    sims = F.normalize(features, dim=1) @ proxies.T / temperature
     others = sims.detach().masked_fill(same, -1e4)
     hardest = others.topk(min(hard_negatives, sims.shape[1]), 1).indices
     negative = torch.zeros_like(same).scatter_(1, hardest, True)
     if not compat: negative &= ~same
-    reference = (sims + (positive.to(sims.dtype) + negative).log()).logsumexp(1, keepdim=True)
-    each = ((reference - sims) * positive).sum(1) / positive.sum(1)
-    return each.sum() / (len(features) if compat else max(len(each), 1))
+    counted = positive.to(sims.dtype) + negative + ~has[:, None]
+    reference = (sims + counted.log()).logsumexp(1, keepdim=True)
+    each = ((reference - sims) * positive).sum(1) / positive.sum(1).clamp(min=1)
+    return each.sum() / (len(features) if compat else has.sum().clamp(min=1))
 
 # %% ../../nbs/11_methods.pplr.ipynb #0050abcd
 def stacked_heads(feats):
@@ -266,6 +267,7 @@ class PartNetwork(Method):
                                         min_similarity=min_similarity(eps))
         return dbscan(similarity, eps, s.min_samples)
 
+
 # %% ../../nbs/11_methods.pplr.ipynb #c0de1102
 class PPLR(PartNetwork):
     """Part-based pseudo label refinement (Cho et al. 2022);
@@ -292,7 +294,7 @@ class PPLR(PartNetwork):
         whole, parts = t.model(batch.images)
         x = whole[:, None] if parts is None else torch.cat([whole[:, None], parts], 1)
         logits = torch.einsum("bhd,hcd->bhc", x, self.classifiers[:, :self.classes])
-        scores = None if parts is None else self.scores[batch.index]
+        scores = None if parts is None else self.scores[on_device(batch.index, t.device)]
         terms = label_losses(t.settings, t.epoch, logits, batch.labels, scores)
         if t.settings.camera: terms["camera"] = camera_losses(t.settings, x, batch, self.proxies)
         return terms | {"triplet": soft_triplet_loss(whole, batch.labels)}

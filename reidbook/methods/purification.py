@@ -146,7 +146,7 @@ class ThreeViews(training.Method):
 
     def after_step(self, t, batch):
         "Each view of the batch writes itself into its bank."
-        for bank, view in zip(self.banks, views(batch.feats)): bank.update(view, batch.labels)
+        for bank, view in zip(self.banks, views(batch.feats)): bank.update(view, batch.targets)
 
 # %% ../../nbs/15_methods.purification.ipynb #0064abcd
 def train_teacher(t,         # state of the student's run
