@@ -727,8 +727,7 @@ def re_rank(
         return -(np.maximum(2 * (half[rows] + half[cols] - dots), 0) / farthest[rows]) ** 2
     lists = (np.ascontiguousarray(a[:, :k1 + 1]) for a in (rank, sims))
     v = _expand_query(_encode(x, *lists, round(k1 / 2) + 1, logit), rank, k2)
-    out, n = np.empty((len(q), len(g)), np.float32), len(q)
-    columns = v.tocsc()
+    out, n, columns = np.empty((len(q), len(g)), np.float32), len(q), v.tocsc()
     if numba is None:
         for a in range(0, n, 256):
             b = min(a + 256, n)
