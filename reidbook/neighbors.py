@@ -81,6 +81,7 @@ def as_matrix(
     raise ValueError(f"{name}: {len(rows)} of {len(x)} rows are longer than 4e18 (rows {shown}): "
                      "their products overflow float32; L2-normalise the features.")
 
+# %% ../nbs/04_neighbors.ipynb #c0de4105
 @contextmanager
 def full_precision():
     "Matrix products in true float32: TF32 or bfloat16 products would not be exact."
@@ -124,6 +125,7 @@ def as_ids(
             raise ValueError(f"{name}: found {end:.10g}, expected {least} to {most}.")
     return x.astype(np.int64)
 
+# %% ../nbs/04_neighbors.ipynb #c0de4106
 def as_lists(
     indices,         # N x k whole numbers
     name="indices",  # what to call them in an error
@@ -723,11 +725,9 @@ def re_rank(
     # the reference squares the squared distance, then divides by the row's largest
     def logit(rows, cols, dots):
         return -(np.maximum(2 * (half[rows] + half[cols] - dots), 0) / farthest[rows]) ** 2
-
     lists = (np.ascontiguousarray(a[:, :k1 + 1]) for a in (rank, sims))
     v = _expand_query(_encode(x, *lists, round(k1 / 2) + 1, logit), rank, k2)
-    out, n = np.empty((len(q), len(g)), np.float32), len(q)
-    columns = v.tocsc()
+    out, n, columns = np.empty((len(q), len(g)), np.float32), len(q), v.tocsc()
     if numba is None:
         for a in range(0, n, 256):
             b = min(a + 256, n)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'PER_DATASET', 'METHOD', 'cross_agreement', 'as_tensors', 'part_batch', 'refined_labels', 'pglr_loss',
            'aals_loss', 'smoothed_loss', 'camera_proxies', 'camera_batch', 'inter_camera_loss', 'stacked_heads',
-           'class_means', 'add_classifiers', 'remove_classifiers', 'PPLR', 'label_losses', 'camera_losses']
+           'class_means', 'add_classifiers', 'remove_classifiers', 'PartNetwork', 'PPLR', 'label_losses',
+           'camera_losses']
 
 # %% ../../nbs/11_methods.pplr.ipynb #0003abcd
 import numpy as np
@@ -25,9 +26,11 @@ def cross_agreement(global_features,  # N x D, unit rows
                     part_features,    # N x P x D, unit rows
                     k=20,             # neighbours compared, the image itself left out
                     *, device="auto",
-                    compat=False,     # drop the first of each list whatever it is, as the released code does
+                    # drop the first of each list whatever it is, as the released code does
+                    compat=False,
                     ) -> np.ndarray:  # N x P float32 in [0, 1]
-    "How far the neighbours of a part are the neighbours of the whole: intersection over union of the two lists (Cho et al. 2022)."
+    """How far the neighbours of a part are the neighbours of the whole: intersection over union
+    of the two lists (Cho et al. 2022)."""
     global_features = as_matrix(global_features, "global features")
     part_features = as_array(part_features, "part features")
     if part_features.ndim != 3 or len(part_features) != len(global_features):
@@ -36,7 +39,8 @@ def cross_agreement(global_features,  # N x D, unit rows
                          "expected N x D and N x P x D of the same images")
     lists = neighbor_lists(global_features, k, device=device, compat=compat)
     parts = [part_features[:, p] for p in range(part_features.shape[1])]
-    return np.stack([list_agreement(lists, neighbor_lists(x, k, device=device, compat=compat)) for x in parts], 1)
+    return np.stack([list_agreement(lists, neighbor_lists(x, k, device=device, compat=compat))
+                     for x in parts], 1)
 
 # %% ../../nbs/11_methods.pplr.ipynb #0024abcd
 def as_tensors(first, *rest):
@@ -54,7 +58,8 @@ def part_batch(part_logits, targets, scores):
     if len(found) != 3 or scores.shape != found[:2] or 0 in found:
         raise ValueError(f"part_logits {found}, scores {tuple(scores.shape)}: "
                          "expected B x P x C and B x P")
-    return part_logits, as_batch(part_logits[:, 0], targets, found[2])[1], scores.to(part_logits.dtype)
+    scores = scores.to(part_logits.dtype)
+    return part_logits, as_batch(part_logits[:, 0], targets, found[2])[1], scores
 
 # %% ../../nbs/11_methods.pplr.ipynb #0025abcd
 def refined_labels(part_logits,  # B x P x C
@@ -62,7 +67,8 @@ def refined_labels(part_logits,  # B x P x C
                    scores,       # B x P agreement
                    beta=0.5,     # weight of the pseudo label; 1 keeps it as it is
                    ):            # B x C probabilities, without gradient
-    "The pseudo label mixed with the parts' predictions, each weighted by the softmax of its agreement (Cho et al. 2022)."
+    """The pseudo label mixed with the parts' predictions, each weighted by the softmax of its
+    agreement (Cho et al. 2022)."""
     with torch.no_grad():
         part_logits, targets, scores = part_batch(part_logits, targets, scores)
         beta = as_number(beta, "beta", 0, 1)
@@ -89,7 +95,8 @@ def aals_loss(part_logits,  # B x P x C
               targets,      # B labels
               scores,       # B x P agreement
               ):            # scalar
-    "With agreement s a part pays s times the cross entropy and 1 - s times the divergence from uniform; mean over batch and parts (Cho et al. 2022)."
+    """With agreement s a part pays s times the cross entropy and 1 - s times the divergence from
+    uniform; mean over batch and parts (Cho et al. 2022)."""
     part_logits, targets, scores = part_batch(part_logits, targets, scores)
     log_q = part_logits.log_softmax(2)
     cross_entropy = -log_q.gather(2, targets[:, None, None].expand(-1, log_q.shape[1], 1))[:, :, 0]
@@ -103,13 +110,15 @@ def smoothed_loss(part_logits,    # B x P x C
                   ):              # scalar
     "Cross entropy of every part with plain label smoothing, mean over batch and parts."
     part_logits, targets = as_tensors(part_logits, targets)
-    return F.cross_entropy(part_logits.flatten(0, 1), targets.repeat_interleave(part_logits.shape[1]), label_smoothing=smoothing)
+    return F.cross_entropy(part_logits.flatten(0, 1),
+                           targets.repeat_interleave(part_logits.shape[1]),
+                           label_smoothing=smoothing)
 
 # %% ../../nbs/11_methods.pplr.ipynb #0041abcd
 def camera_proxies(features,  # N x D, unit rows
                    labels,    # N labels, -1 left out
                    cams,      # N cameras
-                   ):         # M x D unit rows, their M clusters, their M cameras; by cluster, then camera
+                   ):  # M x D unit rows, their M clusters, their M cameras; by cluster, then camera
     "The mean of every cluster in every camera it occurs in, L2-normalised (Cho et al. 2022)."
     labels, cams = np.asarray(labels), np.asarray(cams)
     kept = labels >= 0
@@ -130,9 +139,12 @@ def inter_camera_loss(features,    # B x D; normalised here
                       proxy_cams,  # M cameras
                       temperature=0.07,
                       hard_negatives=50,  # most similar proxies of other clusters that count
-                      compat=False,  # too few negatives are filled up from the own cluster; images without a positive count in the mean
+                      # too few negatives are filled up from the own cluster;
+                      # images without a positive count in the mean
+                      compat=False,
                       ):           # scalar
-    "Towards the own cluster in other cameras, away from similar clusters (Cho et al. 2022); mean over the images that have a positive."
+    """Towards the own cluster in other cameras, away from similar clusters (Cho et al. 2022);
+    mean over the images that have a positive."""
     features, proxies = as_tensors(features, proxies)
     features, targets, cams = camera_batch(features, targets, cams)
     proxies, proxy_pids, proxy_cams = camera_batch(proxies, proxy_pids, proxy_cams)
@@ -143,9 +155,11 @@ def inter_camera_loss(features,    # B x D; normalised here
     hard_negatives = as_count(hard_negatives, "hard_negatives", 0)
     same = targets[:, None] == proxy_pids
     positive = same & (cams[:, None] != proxy_cams)
-    has = positive.any(1)  # images without a positive stay, with weight 0: to select would wait for a GPU
+    # images without a positive stay, with weight 0: to select would wait for a GPU
+    has = positive.any(1)
     sims = F.normalize(features, dim=1) @ proxies.T / temperature
-    hardest = sims.detach().masked_fill(same, -1e4).topk(min(hard_negatives, sims.shape[1]), 1).indices
+    others = sims.detach().masked_fill(same, -1e4)
+    hardest = others.topk(min(hard_negatives, sims.shape[1]), 1).indices
     negative = torch.zeros_like(same).scatter_(1, hardest, True)
     if not compat: negative &= ~same
     counted = positive.to(sims.dtype) + negative + ~has[:, None]
@@ -170,12 +184,15 @@ def class_means(heads,   # N x H x D, unit rows
 def add_classifiers(optimizer,
                     means,     # H x C x D, the first values of the rows
                     device,
-                    rows=0,    # rows of a table that outlives the epoch; 0: as many as there are clusters
+                    # rows of a table that outlives the epoch; 0: as many as there are clusters
+                    rows=0,
                     kept=None, # what `remove_classifiers` gave an epoch earlier
                     ):         # nn.Parameter, H x (rows or C) x D
     "Class means become trainable classifiers; ValueError when they do not fit into `rows`."
     n_heads, classes, dim = means.shape
-    if 0 < rows < classes: raise ValueError(f"{classes} clusters but rows={rows}: the released code crashes here; rows=0 makes room for every cluster")
+    if 0 < rows < classes:
+        raise ValueError(f"{classes} clusters but rows={rows}: the released code crashes here; "
+                         "rows=0 makes room for every cluster")
     table = kept["rows"] if kept else torch.zeros(n_heads, rows or classes, dim)
     table[:, :classes] = torch.from_numpy(means)
     classifiers = nn.Parameter(table.to(device))
@@ -211,14 +228,15 @@ PUBLISHED = dict(
 PER_DATASET = {
     "msmt17": dict(camera_eps=0.6, camera_weight=1.0),
     "veri776": dict(height=256, width=256, eps=0.7, camera_eps=0.7, instances=8),
-    "synthetic": SYNTHETIC | dict(pooling="gem", camera_eps=0.6),  # the stand-in weights were made with GeM
+    # the stand-in weights were made with GeM
+    "synthetic": SYNTHETIC | dict(pooling="gem", camera_eps=0.6),
     "synthetic-tiny": DATASETS["synthetic-tiny"] | dict(pooling="gem", camera_eps=0.6, k=10),
     "synthetic-large": dict(height=256, eps=0.6, camera_eps=0.6),
 }
 
 # %% ../../nbs/11_methods.pplr.ipynb #0065abcd
-class PPLR(Method):
-    "Part-based pseudo label refinement (Cho et al. 2022); `camera=True` is its variant for known cameras."
+class PartNetwork(Method):
+    "The network with part heads, and clusters of its global feature."
     settings, datasets, kept = PUBLISHED, PER_DATASET, None
 
     @staticmethod
@@ -231,30 +249,48 @@ class PPLR(Method):
                              f"backbone={s.backbone} and height={s.height}")
 
     def prepare(self, t):
-        if t.settings.camera and t.cams is None: raise ValueError(f"camera=True, but {t.dataset.name} has no camera numbers; run without it")
+        if t.settings.camera and t.cams is None:
+            raise ValueError(f"camera=True, but {t.dataset.name} has no camera numbers; "
+                             "run without it")
 
     def model(self, t):
         "The network with part heads."
         s = t.settings
-        return create_model(s.backbone, s.weights, pooling=s.pooling, parts=s.parts, bn_group_size=s.bn_group_size, seed=t.seed)
+        return create_model(s.backbone, s.weights, pooling=s.pooling, parts=s.parts,
+                            bn_group_size=s.bn_group_size, seed=t.seed)
 
     def labels(self, t, feats):
         "DBSCAN on the global feature: the parts have no say in the clusters."
         s = t.settings
         eps, k2 = s.camera_eps if s.camera else s.eps, 6 if s.compat else s.k2
-        return dbscan(jaccard_similarity(feats.global_, s.k1, k2, min_similarity=min_similarity(eps)), eps, s.min_samples)
+        similarity = jaccard_similarity(feats.global_, s.k1, k2,
+                                        min_similarity=min_similarity(eps))
+        return dbscan(similarity, eps, s.min_samples)
 
+
+# %% ../../nbs/11_methods.pplr.ipynb #c0de1102
+class PPLR(PartNetwork):
+    """Part-based pseudo label refinement (Cho et al. 2022);
+    `camera=True` is its variant for known cameras."""
     def start_epoch(self, t, feats):
         "Agreement of all images, outliers included; classifiers; camera proxies."
         s, x = t.settings, stacked_heads(feats)
-        if s.parts: self.scores = torch.from_numpy(cross_agreement(feats.global_, feats.parts, s.k, device=t.device, compat=s.compat)).to(t.device)
+        if s.parts:
+            scores = cross_agreement(feats.global_, feats.parts, s.k,
+                                     device=t.device, compat=s.compat)
+            self.scores = torch.from_numpy(scores).to(t.device)
         means = class_means(x, t.labels)
         self.classes = means.shape[1]
-        self.classifiers = add_classifiers(t.optimizer, means, t.device, s.rows, None if t.plan.restart else self.kept)
-        if s.camera: self.proxies = [as_tensors(torch.empty(0, device=t.device), *camera_proxies(x[:, h], t.labels, t.cams))[1:] for h in range(x.shape[1])]
+        self.classifiers = add_classifiers(t.optimizer, means, t.device, s.rows,
+                                           None if t.plan.restart else self.kept)
+        if s.camera:
+            here = torch.empty(0, device=t.device)
+            self.proxies = [as_tensors(here, *camera_proxies(x[:, h], t.labels, t.cams))[1:]
+                            for h in range(x.shape[1])]
 
     def loss(self, t, batch):
-        "Refined labels for the whole, smoothed ones for the parts, a triplet; with `camera` also the cameras."
+        """Refined labels for the whole, smoothed ones for the parts, a triplet;
+        with `camera` also the cameras."""
         whole, parts = t.model(batch.images)
         x = whole[:, None] if parts is None else torch.cat([whole[:, None], parts], 1)
         logits = torch.einsum("bhd,hcd->bhc", x, self.classifiers[:, :self.classes])
@@ -282,11 +318,18 @@ def label_losses(s,       # settings
     "PGLR for the global head; plain smoothing or AALS for the parts. Without parts: cross entropy."
     if scores is None: return {"label": F.cross_entropy(logits[:, 0], labels)}
     parts = logits[:, 1:]
-    part_loss = aals_loss(parts, labels, scores) if epoch >= s.aals_epoch else smoothed_loss(parts, labels, s.smoothing)
+    if epoch >= s.aals_epoch: part_loss = aals_loss(parts, labels, scores)
+    else: part_loss = smoothed_loss(parts, labels, s.smoothing)
     return {"pglr": pglr_loss(logits[:, 0], parts, labels, scores, s.beta), "parts": part_loss}
 
 # %% ../../nbs/11_methods.pplr.ipynb #0068abcd
-def camera_losses(s, x, batch, proxies):  # settings, B x (1 + P) x D features, the batch, `camera_proxies` of every head
+def camera_losses(s,        # settings
+                  x,        # B x (1 + P) x D features
+                  batch,
+                  proxies,  # `camera_proxies` of every head
+                  ):
     "Weighted inter-camera loss: of the global feature, plus the mean over the parts."
-    first, *rest = [inter_camera_loss(x[:, h], batch.labels, batch.cams, *p, s.camera_temperature, s.hard_negatives, s.compat) for h, p in enumerate(proxies)]
+    first, *rest = [inter_camera_loss(x[:, h], batch.labels, batch.cams, *p,
+                                      s.camera_temperature, s.hard_negatives, s.compat)
+                    for h, p in enumerate(proxies)]
     return s.camera_weight * (first + sum(rest) / max(len(rest), 1))
