@@ -313,7 +313,7 @@ def test_read_only_folder(tmp_path, monkeypatch):
     assert len(ds.train) == 6
 
     def refuse(*args, **kwargs): raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(data, "_write_atomic", refuse)
+    monkeypatch.setattr(data, "write_atomic", refuse)
     with pytest.warns(UserWarning, match="cannot be written"): images = data.load_images(ds.train["path"], (8, 4), cache=tmp_path/"cache")
     assert images.shape == (6, 3, 8, 4)
 
