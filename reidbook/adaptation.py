@@ -32,7 +32,10 @@ def warm_cosine(epoch, epochs,
 # %% ../nbs/16_adaptation.ipynb #0018abcd
 class Supervised(training.Method):
     "Identity loss behind the neck, soft-margin batch-hard triplet loss before it (Luo et al. 2019; PASS and TransReID-SSL, supervised)."
-    settings = dict(epochs=120, warm_epochs=20, batch_size=64, instances=4, lr=3.5e-4, weight_decay=5e-4, bn_group_size=64, eval_every=20)
+    settings = dict(
+        epochs=120, batch_size=64, instances=4, lr=3.5e-4, weight_decay=5e-4,
+        bn_group_size=64, eval_every=20,
+        warm_epochs=training.Setting(20, "in which the learning rate climbs", "epochs", low=0))
     datasets = {"synthetic": dict(epochs=8, warm_epochs=1, iterations=60, lr=2e-3, weight_decay=5e-4, eval_every=8),
                 "synthetic-tiny": dict(epochs=3, warm_epochs=1, iterations=15, lr=2e-3, eval_every=3)}
     triplet = staticmethod(soft_triplet_loss)
@@ -80,7 +83,7 @@ def open_source(name,    # of the labelled set
 # %% ../nbs/16_adaptation.ipynb #0025abcd
 def source_settings(t, source):
     "Settings of the source stage: `Supervised`'s for that data set, with what the run decides for both."
-    given = {k: v for k, v in vars(t.settings).items() if k in SHARED}
+    given = {k: v for k, v in t.settings.items() if k in SHARED}
     return training.resolve(Supervised, source.name, **given)
 
 def source_weights(t,  # the state of the run, before it has a network
@@ -98,3 +101,5 @@ def source_weights(t,  # the state of the run, before it has a network
     key = json.dumps({"seed": t.seed, **needs}, sort_keys=True, default=str)
     if key not in _made: _made[key] = training.stage(t, "source", needs, make)
     return _made[key]
+
+training.FIRST_STAGES["source"] = source_weights  # the loop finds it here

@@ -37,17 +37,32 @@ BLOCK = ("datasets", "methods", "seeds", "settings")  # what a block of a grid f
 
 def read_block(block, file) -> list:
     "The runs of one block of a grid file; ValueError shows a block that says something else."
+    wrong = lambda found, wanted: ValueError(f"{file}: {found!r:.80} in a block; expected {wanted}")
     if not isinstance(block, dict) or not {"datasets", "methods"} <= set(block) <= set(BLOCK):
-        raise ValueError(f"{file}: a block is {block!r:.80}; expected datasets and methods, and perhaps seeds and settings")
-    return grid(**{k: block[k] if isinstance(block[k], list) else [block[k]] for k in BLOCK[:3] if k in block}, settings=block.get("settings"))
+        raise wrong(block, "datasets and methods, and perhaps seeds and settings")
+    lists = {k: block[k] if isinstance(block[k], list) else [block[k]]
+             for k in BLOCK[:3] if k in block}
+    for name, values in lists.items():
+        kind, words = (int, "whole numbers") if name == "seeds" else (str, "names")
+        if not values or not all(training.is_a(kind, v) for v in values):
+            raise wrong({name: block[name]}, f"one or more {words}")
+    settings = block.get("settings") or {}
+    if not isinstance(settings, dict) or not all(isinstance(k, str) for k in settings):
+        raise wrong({"settings": settings}, "settings by name, such as epochs: 8")
+    return grid(**lists, settings=settings)
 
 # %% ../nbs/20b_batch.ipynb #0012abcd
 def read_grid(file) -> list:
     "The runs of a YAML file: a block of `BLOCK`'s words, or a list of such blocks."
-    text = Path(file).expanduser().read_text(encoding="utf-8")
-    try: blocks = yaml.safe_load(text)
-    except yaml.YAMLError as e: raise ValueError(f"{file} is not YAML: {str(e).splitlines()[0]}") from None
-    return [run for block in (blocks if isinstance(blocks, list) else [blocks]) for run in read_block(block, file)]
+    file = Path(file).expanduser()
+    if file.exists() and not file.is_file(): raise ValueError(f"{file} is no file; expected a grid")
+    try: blocks = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
+        where = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ValueError(f"{file} is not YAML: {where}") from None
+    if not blocks: raise ValueError(f"{file} is empty; expected datasets and methods")
+    blocks = blocks if isinstance(blocks, list) else [blocks]
+    return [run for block in blocks for run in read_block(block, file)]
 
 # %% ../nbs/20b_batch.ipynb #0016abcd
 def run_words(wanted,       # one run of `grid`
@@ -88,8 +103,10 @@ def progress(run) -> dict:
     try: records = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError): records = []
     tested = [r["mAP"] for r in records if "mAP" in r]
-    seconds = sum(v for r in records for k, v in r.items() if k.startswith("seconds"))
-    return {"run": run.name, "state": run.state, "epoch": f"{len(records)}/{max(run.epochs, len(records))}", "mAP": f"{tested[-1]:.1%}" if tested else "",
+    epochs = f"{len(records)}/{max(run.epochs, len(records))}"
+    seconds = sum(map(runs.epoch_seconds, records))
+    return {"run": run.name, "state": run.state, "epoch": epochs,
+            "mAP": f"{tested[-1]:.1%}" if tested else "",
             "minutes": f"{seconds / 60:.1f}" if records else "", "": run.why[:80]}
 
 # %% ../nbs/20b_batch.ipynb #0030abcd
@@ -308,6 +325,8 @@ def run_batch(wanted,           # list from `grid` or `read_grid`
               cluster=None,     # local, slurm or pbs: a Dask cluster of `jobs` workers
               show=None) -> list:  # the runs, with their states
     "Run a batch where it should run; RuntimeError names the runs that failed."
+    if jobs is not None and (not training.is_a(int, jobs) or jobs < 1):
+        raise ValueError(f"jobs={jobs!r}: expected a whole number from 1")
     batch, show = plan_batch(wanted, root, device, processes), show or live()
     if scheduler or cluster:
         with workers(scheduler, cluster, jobs) as client: run_dask(batch, client, show)

@@ -7,6 +7,7 @@ __all__ = ['tie', 'min_similarity', 'as_graph', 'dbscan', 'agglomerative', 'info
 
 # %% ../nbs/05_clustering.ipynb #0002abcd
 import heapq
+import sys
 
 import numpy as np
 import scipy.sparse as sp
@@ -16,21 +17,23 @@ from scipy.sparse.csgraph import connected_components
 from .neighbors import knn
 
 # %% ../nbs/05_clustering.ipynb #0018abcd
-tie = 1e-5                                                   # two images are close when their distance is <= eps + tie
+tie = 1e-5  # two images are close when their distance is <= eps + tie
 
 def min_similarity(eps: float) -> float:
-    "The smallest similarity that DBSCAN at this eps can still use: what `jaccard_similarity` may leave out is below it."
+    """The smallest similarity that DBSCAN at this eps can still use:
+    what `jaccard_similarity` may leave out is below it."""
     return max(0.0, 1 - eps - tie - 1e-6)                    # 1e-6: room for float32
 
 # %% ../nbs/05_clustering.ipynb #0019abcd
 def as_graph(
-    similarity,                                              # N x N: scipy sparse, numpy or torch; absent = 0
+    similarity,         # N x N: scipy sparse, numpy or torch; absent = 0
 ) -> sp.csr_matrix:
     "A similarity matrix as CSR; ValueError when it is not square."
     if hasattr(similarity, "detach"): similarity = similarity.detach().cpu().numpy()
     graph = sp.csr_matrix(similarity)
     if graph.shape[0] != graph.shape[1]:
-        raise ValueError(f"similarity: found shape {graph.shape}, expected N x N; pass the result of jaccard_similarity.")
+        raise ValueError(f"similarity: found shape {graph.shape}, expected N x N; "
+                         "pass the result of jaccard_similarity.")
     return graph
 
 # %% ../nbs/05_clustering.ipynb #0021abcd
@@ -41,23 +44,26 @@ def _renumber(labels):
 
 # %% ../nbs/05_clustering.ipynb #0022abcd
 def dbscan(
-    similarity,                                              # N x N similarity = 1 - distance, sparse (absent = 0) or dense
-    eps: float,                                              # distance up to which two images are close
-    min_samples: int = 4,                                    # close images that make one a core, itself counted
-) -> np.ndarray:                                             # N int64 labels, -1 = outlier, numbered as scikit-learn does
-    "DBSCAN on the sparse graph. Close means distance <= eps + 1e-5 (the tie rule); a border image joins its lowest-numbered cluster."
+    similarity,            # N x N similarity = 1 - distance, sparse (absent = 0) or dense
+    eps: float,            # distance up to which two images are close
+    min_samples: int = 4,  # close images that make one a core, itself counted
+) -> np.ndarray:  # N int64 labels, -1 = outlier, numbered as scikit-learn does
+    """DBSCAN on the sparse graph. Close means distance <= eps + 1e-5 (the tie rule);
+    a border image joins its lowest-numbered cluster."""
     graph = as_graph(similarity)
     n = graph.shape[0]
-    if eps + tie >= 1: return np.full(n, 0 if n >= min_samples else -1, np.int64)   # absent pairs are close too
+    if eps + tie >= 1:                                       # absent pairs are close too
+        return np.full(n, 0 if n >= min_samples else -1, np.int64)
     row = np.repeat(np.arange(n), np.diff(graph.indptr))
     keep = (1 - graph.data.astype(np.float64) <= eps + tie) & (row != graph.indices)
     row, col = row[keep], graph.indices[keep].astype(np.int64)
     core = np.bincount(row, minlength=n) + 1 >= min_samples
     inner = core[row] & core[col]
-    links = sp.csr_matrix((np.ones(inner.sum(), np.int8), (row[inner], col[inner])), shape=(n, n))
+    ones = np.ones(inner.sum(), np.int8)
+    links = sp.csr_matrix((ones, (row[inner], col[inner])), shape=(n, n))
     part = connected_components(links, directed=False)[1]
     labels = np.full(n, -1, np.int64)
-    labels[core] = _renumber(part[core])                     # clusters in order of their first core image
+    labels[core] = _renumber(part[core])  # clusters in order of their first core image
     border = ~core[row] & core[col]
     best = np.full(n, n, np.int64)
     np.minimum.at(best, row[border], labels[col[border]])
@@ -68,7 +74,8 @@ def _free_memory() -> float:
     "Bytes this machine can still give; infinity where the system does not say."
     try:
         with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
+            return next(int(line.split()[1]) * 1024.0
+                        for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return float("inf")
 
@@ -93,22 +100,27 @@ def _cut(merges, n, n_clusters):
 def agglomerative(
     similarity,                                              # N x N, sparse (absent = 0) or dense
     n_clusters: int,
-) -> np.ndarray:                                             # N int64 labels, no outliers, numbered as scikit-learn does
-    """Average-linkage agglomerative clustering. Every pair's distance is needed: about 8 N² bytes (1.3 GB at 12,936 images,
-    8.5 GB at 32,621), refused with a ValueError where the machine has less."""
+) -> np.ndarray:  # N int64 labels, no outliers, numbered as scikit-learn does
+    """Average-linkage agglomerative clustering. Every pair's distance is needed:
+    about 8 N² bytes (1.3 GB at 12,936 images, 8.5 GB at 32,621),
+    refused with a ValueError where the machine has less."""
     graph = as_graph(similarity)
     n = graph.shape[0]
-    if not 1 <= n_clusters <= n: raise ValueError(f"n_clusters: found {n_clusters}, expected 1 to {n}, the number of images.")
+    if not 1 <= n_clusters <= n:
+        raise ValueError(f"n_clusters: found {n_clusters}, expected 1 to {n}, "
+                         "the number of images.")
     if n == 1: return np.zeros(1, np.int64)
     need, free = 8.0 * n * n, _free_memory()
     if need > free:
-        raise ValueError(f"agglomerative: {n:,} images need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-                         "cluster camera by camera, or use dbscan or infomap, whose memory grows with N.")
+        raise ValueError(f"agglomerative: {n:,} images need about {need / 1e9:.1f} GB, "
+                         f"{free / 1e9:.1f} GB are free; cluster camera by camera, "
+                         "or use dbscan or infomap, whose memory grows with N.")
     pairs = np.ones(n * (n - 1) // 2)
     upper = sp.triu(graph, 1).tocoo()
     i, j = upper.row.astype(np.int64), upper.col.astype(np.int64)
     pairs[n * i - i * (i + 1) // 2 + j - i - 1] = 1 - upper.data.astype(np.float64)
-    return _cut(linkage(np.maximum(pairs, 0, out=pairs), "average")[:, :2].astype(np.int64), n, n_clusters)
+    tree = linkage(np.maximum(pairs, 0, out=pairs), "average")
+    return _cut(tree[:, :2].astype(np.int64), n, n_clusters)
 
 # %% ../nbs/05_clustering.ipynb #0052abcd
 def infomap_links(
@@ -123,6 +135,18 @@ def infomap_links(
     return row[keep], col[keep], weight[keep]
 
 # %% ../nbs/05_clustering.ipynb #0054abcd
+def _infomap_class():
+    """The package's class. faiss is loaded before it:
+    loaded after it, `modules()` crashes (seen with 2.16.0 and 1.15.1)."""
+    if "infomap" not in sys.modules:  # who loaded it first had better not load faiss
+        try: import faiss
+        except ImportError: pass                             # then nothing can load it later
+    try: from infomap import Infomap
+    except ImportError:
+        raise ValueError("infomap: the package of that name is not installed; "
+                         "pip install infomap, or use dbscan.") from None
+    return Infomap
+
 def infomap(
     features,                                                # N x D, rows of unit length
     k: int = 15,                                             # neighbours per image, itself counted
@@ -131,11 +155,10 @@ def infomap(
     *,
     device="auto",
 ) -> np.ndarray:                                             # N int64 labels, -1 = outlier
-    "Infomap (two-level, directed) on the kNN graph, as in Cluster Contrast; repeatable for one version of the package and one image order. ValueError when the package is missing."
-    try:
-        from infomap import Infomap
-    except ImportError:
-        raise ValueError("infomap: the package of that name is not installed; pip install infomap, or use dbscan.") from None
+    """Infomap (two-level, directed) on the kNN graph, as in Cluster Contrast;
+    repeatable for one version of the package and one image order.
+    ValueError when the package is missing."""
+    Infomap = _infomap_class()
     row, col, weight = infomap_links(*knn(features, k, device=device), min_similarity)
     n = len(features)
     labels = np.full(n, -1, np.int64)
@@ -143,7 +166,8 @@ def infomap(
     graph = Infomap("--two-level --directed --silent --seed 123")
     graph.add_links(list(zip(row.tolist(), col.tolist(), weight.tolist())))
     result = graph.run()
-    modules = result.modules() if hasattr(result, "modules") else graph.get_modules()    # the name since 2.16, and before
+    # the name since 2.16, and before
+    modules = result.modules() if hasattr(result, "modules") else graph.get_modules()
     for node, module in dict(modules).items(): labels[node] = module
     labels[labels >= 0] = _renumber(labels[labels >= 0])
     small = np.bincount(labels[labels >= 0]) < min_size

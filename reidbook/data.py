@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGE_TYPES', 'TEMPORARY', 'CACHED_FROM', 'BOXES', 'PID_CAM', 'LAYOUTS', 'MSMT17_NAME', 'MSMT17_LISTS',
-           'MSMT17_EDITIONS', 'READERS', 'MAX_PIXELS', 'MEAN', 'STD', 'COPIES', 'data_root', 'Dataset', 'column',
-           'scan', 'lock', 'new_temporary', 'write_atomic', 'sweep', 'cache_root', 'list_images', 'parse_names',
-           'Layout', 'looks_like', 'find_folder', 'make_table', 'relabel', 'read_split', 'assemble', 'read_layout',
-           'read_list', 'read_msmt17', 'read_luperson', 'read_folder', 'read_csv', 'read_synthetic', 'open_dataset',
-           'show_images', 'open_image', 'camera_matrix', 'Pair', 'open_pair', 'cpu_count', 'parallel', 'decode_into',
-           'files_key', 'load_images', 'dataset_digest', 'test_transform', 'Draw', 'draw_augmentation',
+           'MSMT17_EDITIONS', 'READERS', 'MAX_PIXELS', 'ORIENTATION', 'TURNS', 'DECODED', 'MEAN', 'STD', 'UNUSUAL',
+           'COPIES', 'data_root', 'Dataset', 'column', 'scan', 'lock', 'new_temporary', 'write_atomic', 'sweep',
+           'cache_root', 'list_images', 'parse_names', 'Layout', 'looks_like', 'find_folder', 'make_table', 'relabel',
+           'read_split', 'assemble', 'read_layout', 'read_list', 'read_msmt17', 'read_luperson', 'read_folder',
+           'read_csv', 'read_synthetic', 'open_dataset', 'orientation', 'is_deep', 'upright_rgb', 'open_image',
+           'show_images', 'camera_matrix', 'Pair', 'open_pair', 'cpu_count', 'parallel', 'decode_into', 'files_key',
+           'load_images', 'dataset_digest', 'file_lines', 'test_transform', 'Draw', 'draw_augmentation',
            'jitter_colours', 'augment', 'train_transform', 'deal_group', 'clusters_of', 'pk_batches',
            'released_generators', 'released_order', 'group_batches', 'shard', 'Report', 'official_counts',
-           'check_counts', 'answerable', 'check_labels', 'inspect_file', 'kind_of_copy', 'check_files', 'check']
+           'check_counts', 'answerable', 'check_labels', 'unusual', 'Inspection', 'inspect_file', 'kind_of_copy',
+           'check_files', 'check']
 
 # %% ../nbs/01_data.ipynb #0003abcd
 import errno, hashlib, importlib, io, json, math, os, re, secrets, stat, tempfile, time, warnings
@@ -33,7 +35,7 @@ def data_root(root=None,  # a folder; None: $REIDBOOK_DATA, else the checkout's 
               ) -> Path:
     "The folder that holds the data sets."
     root = root or os.environ.get("REIDBOOK_DATA")
-    if root: return Path(root).expanduser().absolute()
+    if root: return Path(os.path.abspath(Path(root).expanduser()))  # without ..: paths are compared
     here, package = Path.cwd(), importlib.util.find_spec("reidbook")
     checkout = [Path(package.origin).parent.parent] if package and package.origin else []
     for folder in [*checkout, here, *here.parents]:
@@ -457,6 +459,43 @@ def open_dataset(name,       # one of READERS, or synthetic-PRESET
     if name not in READERS: raise ValueError(f"unknown data set {name!r}; known: {', '.join(READERS)} and synthetic-PRESET")
     return READERS[name](base)
 
+# %% ../nbs/01_data.ipynb #c0de1602
+MAX_PIXELS = 50_000_000
+ORIENTATION = 0x0112  # the Exif tag
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+def orientation(image) -> int:  # 1: upright, 2-8: as in `TURNS`
+    "How an opened image wants to be turned; broken Exif says nothing."
+    try: return image.getexif().get(ORIENTATION, 1)
+    except Exception: return 1
+
+def is_deep(image) -> bool:
+    "Whether an opened, not yet decoded image holds 16 bits per value."
+    return image.mode.startswith("I;16") or any(";16" in str(tile[3]) for tile in image.tile)
+
+def upright_rgb(image) -> Image.Image:
+    "Any opened image as upright 8-bit RGB; ValueError where nobody can say what its numbers mean."
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits per pixel have no agreed scale: save it with 8 or 16 bits")
+    turn = TURNS.get(orientation(image))
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+def open_image(source) -> Image.Image:  # RGB
+    "Decode a file completely; ValueError or OSError says what is wrong with it."
+    with Image.open(source) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}: "
+                             "a decompression bomb?")
+        return upright_rgb(image)
+
 # %% ../nbs/01_data.ipynb #0058abcd
 def show_images(images,       # N x 3 x H x W uint8, or paths
                 titles=None,  # one per image
@@ -481,15 +520,6 @@ def show_images(images,       # N x 3 x H x W uint8, or paths
         for spine in ax.spines.values(): spine.set(visible=True, color=frames[n], linewidth=2.5)
     plt.close(fig)
     return fig
-
-MAX_PIXELS = 50_000_000
-
-def open_image(source) -> Image.Image:  # RGB
-    "Decode a file completely; ValueError or OSError says what is wrong with it."
-    with Image.open(source) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}: a decompression bomb?")
-        return image.convert("RGB")
 
 # %% ../nbs/01_data.ipynb #0061abcd
 def camera_matrix(table) -> pd.DataFrame:  # ids x cameras, number of images
@@ -546,10 +576,14 @@ def _stat(path):
     except OSError: return "missing"
     return f"{info.st_size}\t{info.st_mtime_ns}"
 
+DECODED = "upright 8-bit RGB"  # another way to decode needs another name, or old copies would be used
+
 def files_key(paths) -> str:
-    "A digest of names, sizes and times; the folder they share does not count, so a data set may move."
+    """A digest of names, sizes and times, and of how they are decoded.
+
+    The folder they share does not count, so a data set may move."""
     common = os.path.commonpath([os.path.dirname(p) for p in paths]) if len(paths) else ""
-    return _key(*(f"{os.path.relpath(p, common)}\t{_stat(p)}" for p in paths))
+    return _key(DECODED, *(f"{os.path.relpath(p, common)}\t{_stat(p)}" for p in paths))
 
 def _open_copy(store, shape):
     try: images = np.load(store, mmap_mode="r")
@@ -584,9 +618,16 @@ def load_images(paths,         # N files
     return _open_copy(store, shape)
 
 def dataset_digest(dataset) -> str:
-    "A short digest of the relative names and sizes of all files of a data set."
-    lines = [f"{s}\t{os.path.relpath(p, dataset.root)}\t{os.path.getsize(p)}" for s in SPLITS for p in sorted(getattr(dataset, s)["path"])]
+    "A short digest of a data set: its files' relative names and sizes, splits, identities, cameras."
+    lines = [f"{split}\t{line}" for split in SPLITS
+             for line in file_lines(getattr(dataset, split), dataset.root)]
     return _key(*lines)[:16]
+
+def file_lines(table, root) -> list:  # sorted lines
+    "What a digest counts of the images of a split."
+    known = [table[name] for name in ("pid", "cam") if name in table]
+    line = lambda path, *said: (os.path.relpath(path, root), os.path.getsize(path), *said)
+    return sorted("\t".join(map(str, line(*row))) for row in zip(table["path"], *known))
 
 # %% ../nbs/01_data.ipynb #0077abcd
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -867,19 +908,42 @@ def check_labels(report, dataset):
         (report.errors if n == len(query) else report.warnings).append(text)
 
 # %% ../nbs/01_data.ipynb #0112abcd
-def inspect_file(path) -> tuple:  # digest, problem ("": none), (width, height) or None
+UNUSUAL = {"16 bits": "of 16 bits per value (the upper 8 are used)",
+           "turned": "turned as their Exif says",
+           "transparent": "with transparent pixels (they become black)"}
+
+def unusual(image) -> list:  # some of UNUSUAL
+    "What an opened, not yet decoded image needs besides decoding; decodes it where it may be transparent."
+    found = ["16 bits"] * is_deep(image) + ["turned"] * (orientation(image) in TURNS)
+    if not image.has_transparency_data or image.mode.startswith("I;16"): return found
+    lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+    return found + ["transparent"] * (lowest < 255)
+
+class Inspection(NamedTuple):
+    "What one file is."
+    digest: str
+    problem: str = ""     # "": none
+    size: tuple = None    # (width, height), upright; None: cannot be told
+    kinds: tuple = ()     # some of UNUSUAL
+
+def inspect_file(path) -> Inspection:
     "Read one file, hash it, decode it."
     try: data = Path(path).read_bytes()
-    except OSError as error: return "", error.strerror or str(error), None
+    except OSError as error: return Inspection("", error.strerror or str(error))
     digest = hashlib.blake2b(data, digest_size=12).hexdigest()
     try:
         with Image.open(io.BytesIO(data)) as image:
             size = image.size
-            if size[0] * size[1] > MAX_PIXELS: return digest, f"{size[0]} x {size[1]} pixels: a decompression bomb?", size
+            if size[0] * size[1] > MAX_PIXELS:
+                return Inspection(digest, f"{size[0]} x {size[1]} pixels: a decompression bomb?", size)
+            kinds = unusual(image)
             image.draft("RGB", (max(size[0] // 8, 1), max(size[1] // 8, 1)))
+            if image.mode in ("I", "F"): upright_rgb(image)  # refused
             image.load()
-    except Exception as error: return digest, re.sub(r" ?<.*>", "", str(error)) or type(error).__name__, None
-    return digest, "", size
+            if orientation(image) in (5, 6, 7, 8): size = size[::-1]  # a quarter turn
+    except Exception as error:
+        return Inspection(digest, re.sub(r" ?<.*>", "", str(error)) or type(error).__name__)
+    return Inspection(digest, "", size, tuple(kinds))
 
 COPIES = {"train and test": "error", "query and gallery, same id, another camera": "error", "two ids": "warning",
           "query and gallery, left out by the evaluation": "warning", "one split": "warning", "query and gallery": "warning"}
@@ -903,7 +967,10 @@ def check_files(report, dataset, workers=None, progress=True):
     paths, short = table["path"].tolist(), lambda path: os.path.relpath(path, dataset.root)
     work = lambda start, stop: [inspect_file(path) for path in paths[start:stop]]
     found = [f for part in parallel(work, len(paths), workers=workers, desc="check", progress=progress) for f in part]
-    table["digest"], table["problem"] = [f[0] for f in found], [f[1] for f in found]
+    table["digest"], table["problem"] = [f.digest for f in found], [f.problem for f in found]
+    for kind, words in UNUSUAL.items():
+        of_kind = [path for path, f in zip(paths, found) if kind in f.kinds]
+        if of_kind: report.warnings.append(f"images {words}: {len(of_kind):,}, first {short(of_kind[0])}")
     problems = []
     for split, rows in table[table["problem"] != ""].groupby("split", sort=False):
         first = f"{short(rows['path'].iloc[0])}: {rows['problem'].iloc[0]}"
@@ -917,7 +984,7 @@ def check_files(report, dataset, workers=None, progress=True):
         text = f"byte-identical files, {kind}: {len(rows):,}, first {short(rows['path'].iloc[0])}"
         (report.errors if COPIES[kind] == "error" else report.warnings).append(text)
         problems.append(rows[["path", "split"]].assign(problem=f"copy: {kind}"))
-    sizes = pd.Series([f[2][1] for f in found if f[2]], dtype=float)
+    sizes = pd.Series([f.size[1] for f in found if f.size], dtype=float)
     if len(sizes) and sizes.min() < 16: report.warnings.append(f"images lower than 16 pixels: {int((sizes < 16).sum()):,}")
     report.files = pd.concat(problems, ignore_index=True) if problems else pd.DataFrame(columns=["path", "split", "problem"])
     report.files["path"] = [short(p) for p in report.files["path"]]

@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import neighbors
+from .data import open_image
 from .neighbors import as_matrix, compiled, full_precision, in_threads, products
 
 # %% ../nbs/08_evaluation.ipynb #0024abcd
@@ -121,7 +122,7 @@ def _similarity_blocks(q, g, device, room=None):
     room = room or (128e6 if compiled else 16e6 if on_cpu else 1e9)         # bytes of similarities at a time
     size = int(np.clip(room // (4 * len(g)), 16, 4096)) // 16 * 16
     tq, tg = torch.from_numpy(q).to(device), torch.from_numpy(g).to(device)
-    buffer = torch.empty(size * len(g), device=device)
+    buffer = torch.empty(size * len(g), dtype=torch.float32, device=device)
     for a in range(0, len(q), size):
         rows = np.arange(a, min(a + size, len(q)))
         out = buffer[:len(rows) * len(g)].view(len(rows), len(g))
@@ -236,8 +237,7 @@ def rank_lists(
 def _picture(image):
     "An image to show: a path, or an array 3 x H x W or H x W x 3."
     if isinstance(image, np.ndarray): return image.transpose(1, 2, 0) if image.shape[0] == 3 else image
-    from PIL import Image
-    with Image.open(image) as opened: return np.asarray(opened.convert("RGB"))
+    return np.asarray(open_image(image))
 
 def plot_rank_lists(
     query_images,                                            # R paths or arrays

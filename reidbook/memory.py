@@ -16,15 +16,21 @@ import torch.nn.functional as F
 def prototypes(feats,   # N x D features, L2-normalised
                labels,  # N labels, int64; -1 is left out
                ) -> np.ndarray:  # C x D float32, unit rows; row c is cluster c
-    "Mean of each cluster's features, L2-normalised (Cluster Contrast, section 3.2). ValueError when there is no cluster, or one without a member."
+    """Mean of each cluster's features, L2-normalised (Cluster Contrast, section 3.2).
+    ValueError when there is no cluster, or one without a member."""
     feats, labels = torch.as_tensor(feats, dtype=torch.float32), torch.as_tensor(labels)
-    if len(feats) != len(labels): raise ValueError(f"{len(feats)} features but {len(labels)} labels: one label per row is needed")
+    if len(feats) != len(labels):
+        raise ValueError(f"{len(feats)} features but {len(labels)} labels: "
+                         "one label per row is needed")
     kept = labels >= 0
-    if not kept.any(): raise ValueError("no cluster: every label is -1; loosen eps or lower min_samples")
+    if not kept.any():
+        raise ValueError("no cluster: every label is -1; loosen eps or lower min_samples")
     count = torch.bincount(labels[kept])
     empty = (count == 0).nonzero().flatten().tolist()
-    if empty: raise ValueError(f"clusters {empty[:5]} have no member: relabel to 0..{len(count) - len(empty) - 1} first")
-    sums = torch.zeros(len(count), feats.shape[1]).index_add_(0, labels[kept], feats[kept])
+    if empty:
+        raise ValueError(f"clusters {empty[:5]} have no member: "
+                         f"relabel to 0..{len(count) - len(empty) - 1} first")
+    sums = feats.new_zeros(len(count), feats.shape[1]).index_add_(0, labels[kept], feats[kept])
     return F.normalize(sums, dim=1).numpy()
 
 # %% ../nbs/07_memory.ipynb #0020abcd
@@ -53,15 +59,18 @@ def mean_update(memory,    # C x D, unit rows
     "Every item writes itself into its row, in batch order (Cluster Contrast, eq. 5)."
     memory = memory.clone()
     for rows in _rounds(targets):
-        y, x = (torch.as_tensor(i).to(memory.device, non_blocking=True) for i in (targets[rows], rows))  # a GPU is not waited for
+        y, x = (torch.as_tensor(i).to(memory.device, non_blocking=True)  # a GPU is not waited for
+                for i in (targets[rows], rows))
         memory[y] = F.normalize(momentum * memory[y] + (1 - momentum) * feats[x], dim=1)
     return memory
 
 # %% ../nbs/07_memory.ipynb #0035abcd
 def hard_update(memory, feats, targets, momentum):  # as `mean_update`
-    "Per class of the batch, only the item least similar to its row writes; gives the new memory, C x D (Cluster Contrast's `hard`, MPRD)."
+    """Per class of the batch, only the item least similar to its row writes;
+    gives the new memory, C x D (Cluster Contrast's `hard`, MPRD)."""
     sim = (feats * memory[targets]).sum(1).cpu().numpy()
-    order = np.lexsort((sim, targets))  # by class, then by similarity; stable, so ties go to the earlier item
+    # by class, then by similarity; stable, so ties go to the earlier item
+    order = np.lexsort((sim, targets))
     rows = order[np.r_[True, np.diff(targets[order]) != 0]]
     return mean_update(memory, feats[rows], targets[rows], momentum)
 
@@ -69,17 +78,23 @@ def hard_update(memory, feats, targets, momentum):  # as `mean_update`
 UPDATES = {"mean": mean_update, "hard": hard_update}
 
 class ClusterMemory(nn.Module):
-    "One prototype per cluster: `loss = memory(features, targets)`, then `memory.update(features, targets)`."
+    """One prototype per cluster: `loss = memory(features, targets)`,
+    then `memory.update(features, targets)`."""
     def __init__(self,
                  prototypes,       # C x D, unit rows, as `memory.prototypes` makes them
-                 momentum=0.1,     # weight of the old row in an update, in [0, 1]; 1 keeps the memory fixed
+                 # weight of the old row in an update, in [0, 1]; 1 keeps the memory fixed
+                 momentum=0.1,
                  temperature=0.05, # of the softmax
-                 update="mean",    # "mean": every item writes; "hard": only the least similar item of each class
+                 # "mean": every item writes; "hard": only the least similar item of each class
+                 update="mean",
                  ):
         super().__init__()
-        if update not in UPDATES: raise ValueError(f"update {update!r}: expected one of {sorted(UPDATES)}")
-        if not 0 <= momentum <= 1: raise ValueError(f"momentum {momentum}: expected a weight in [0, 1]")
-        self.register_buffer("prototypes", torch.as_tensor(prototypes, dtype=torch.float32).clone())
+        if update not in UPDATES:
+            raise ValueError(f"update {update!r}: expected one of {sorted(UPDATES)}")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum {momentum}: expected a weight in [0, 1]")
+        prototypes = torch.as_tensor(prototypes, dtype=torch.float32)
+        self.register_buffer("prototypes", prototypes.clone())
         self.momentum, self.temperature, self.rule = momentum, temperature, update
 
     def forward(self,
@@ -87,7 +102,8 @@ class ClusterMemory(nn.Module):
                 targets,   # B labels in 0..C-1
                 ):
         "InfoNCE against all prototypes; the gradient reaches the features only."
-        return info_nce(F.normalize(features, dim=1), self.prototypes, torch.as_tensor(targets, device=features.device), self.temperature)
+        targets = torch.as_tensor(targets, device=features.device)
+        return info_nce(F.normalize(features, dim=1), self.prototypes, targets, self.temperature)
 
     @torch.no_grad()
     def update(self, features, targets):
@@ -98,10 +114,12 @@ class ClusterMemory(nn.Module):
 
 # %% ../nbs/07_memory.ipynb #0047abcd
 class HybridMemory(nn.Module):
-    "SpCL's instance memory: class scores are mean similarities to the rows of a class (SpCL, section 3.1)."
+    """SpCL's instance memory: class scores are mean similarities to the rows of a class
+    (SpCL, section 3.1)."""
     def __init__(self,
                  features,         # N x D, unit rows, one per image
-                 labels,           # N labels 0..C-1; an outlier is a class of its own
+                 # N labels from 0 up, gaps allowed; an outlier is a class of its own
+                 labels,
                  momentum=0.2,     # weight of the old row
                  temperature=0.05,
                  ):
@@ -114,11 +132,15 @@ class HybridMemory(nn.Module):
                 features,  # B x D, L2-normalised
                 index,     # B row numbers of the batch's images
                 ):
-        "Softmax over class means of similarities, with the reference's 1e-6 in denominator and logarithm."
+        """Softmax over class means of similarities,
+        with the reference's 1e-6 in denominator and logarithm.
+
+        A number that no image bears is no class: it has no share in the denominator."""
         sims = features @ self.features.T / self.temperature
-        count = torch.bincount(self.labels).clamp(min=1)
-        scores = torch.zeros(len(sims), len(count), device=sims.device).index_add(1, self.labels, sims) / count
-        e = scores.exp()
+        count = torch.bincount(self.labels)
+        sums = sims.new_zeros(len(sims), len(count)).index_add(1, self.labels, sims)
+        scores = sums / count.clamp(min=1)
+        e = scores.exp() * (count > 0)
         return F.nll_loss((e / (e.sum(1, keepdim=True) + 1e-6) + 1e-6).log(), self.labels[index])
 
     @torch.no_grad()
@@ -131,7 +153,8 @@ class HybridMemory(nn.Module):
 def soft_triplet_loss(features,  # B x D, not necessarily normalised
                       targets,   # B labels
                       ):         # scalar tensor
-    "Batch-hard triplet loss, Euclidean, mean of softplus(d_ap - d_an); the anchor counts among its own positives (PPLR, section 3)."
+    """Batch-hard triplet loss, Euclidean, mean of softplus(d_ap - d_an);
+    the anchor counts among its own positives (PPLR, section 3)."""
     targets = torch.as_tensor(targets, device=features.device)
     square = features.pow(2).sum(1)
     dist = (square[:, None] + square - 2 * features @ features.T).clamp(min=1e-12).sqrt()

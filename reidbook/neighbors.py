@@ -18,20 +18,22 @@ from tqdm.auto import tqdm
 # %% ../nbs/04_neighbors.ipynb #0004abcd
 try:
     import numba
-except ImportError:                                          # everything below then takes its plain numpy/scipy/torch path
+except ImportError:  # everything below then takes its plain numpy/scipy/torch path
     numba = None
 
 # %% ../nbs/04_neighbors.ipynb #0020abcd
 def compiled(function):
-    "numba without the interpreter's lock, kept on disk where a place for it exists; the plain function where numba is missing."
+    """numba without the interpreter's lock, kept on disk where a place for it exists;
+    the plain function where numba is missing."""
     if numba is None: return function
     try:
         return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:                                     # "no locator available": nowhere to keep the compiled code
+    except RuntimeError:  # "no locator available": nowhere to keep the compiled code
         return numba.njit(nogil=True)(function)
 
 def in_threads(function, n, *, step=None):
-    "Call `function(lo, hi)` over the row ranges of 0..n on as many threads as torch uses; the parts in order."
+    """Call `function(lo, hi)` over the row ranges of 0..n on as many threads as torch uses;
+    the parts in order."""
     threads = max(1, torch.get_num_threads())
     step = step or -(-n // threads) or 1
     ranges = [(lo, min(lo + step, n)) for lo in range(0, n, step)]
@@ -41,21 +43,23 @@ def in_threads(function, n, *, step=None):
 
 # %% ../nbs/04_neighbors.ipynb #0022abcd
 def as_matrix(
-    features,                                                # N x D, numpy or torch, any float or integer type
-    name="features",                                         # what to call it in an error
-) -> np.ndarray:                                             # N x D float32, contiguous, finite
+    features,         # N x D, numpy or torch, any float or integer type
+    name="features",  # what to call it in an error
+) -> np.ndarray:      # N x D float32, contiguous, finite
     "Features as the engine wants them; ValueError names the rows that hold NaN or Inf."
     if isinstance(features, torch.Tensor): features = features.detach().cpu().float().numpy()
     x = np.ascontiguousarray(features, dtype=np.float32)
     if x.ndim != 2 or not len(x):
-        raise ValueError(f"{name}: found shape {x.shape}, expected N x D with at least one row; stack one feature vector per image.")
+        raise ValueError(f"{name}: found shape {x.shape}, expected N x D with at least one row; "
+                         "stack one feature vector per image.")
     with np.errstate(all="ignore"):
         rows = np.flatnonzero(~np.isfinite(x.sum(axis=1)))   # a cheap look first: no N x D mask
     rows = rows[~np.isfinite(x[rows]).all(axis=1)]
     if len(rows):
         shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
         raise ValueError(f"{name}: {len(rows)} of {len(x)} rows hold NaN or Inf (rows {shown}); "
-                         "look at those images and at the loss before this epoch, neighbours of such a row mean nothing.")
+                         "look at those images and at the loss before this epoch, "
+                         "neighbours of such a row mean nothing.")
     return x
 
 @contextmanager
@@ -69,11 +73,15 @@ def full_precision():
         torch.set_float32_matmul_precision(before)
 
 def products(left, right, out):
-    "out (rows x columns) = left (rows x D) right^T (D x columns). Slivers are padded: matrix libraries round those otherwise, and equal rows must get equal products."
+    """out (rows x columns) = left (rows x D) right^T (D x columns).
+    Slivers are padded: matrix libraries round those otherwise, and equal rows must get
+    equal products."""
     rows, cols = len(left), len(right)
     if rows >= 16 and cols >= 64: return torch.mm(left, right.T, out=out)
     pad = torch.nn.functional.pad
-    return out.copy_((pad(left, (0, 0, 0, max(0, 16 - rows))) @ pad(right, (0, 0, 0, max(0, 64 - cols))).T)[:rows, :cols])
+    tall = pad(left, (0, 0, 0, max(0, 16 - rows)))
+    wide = pad(right, (0, 0, 0, max(0, 64 - cols)))
+    return out.copy_((tall @ wide.T)[:rows, :cols])
 
 # %% ../nbs/04_neighbors.ipynb #0025abcd
 @compiled
@@ -97,7 +105,8 @@ def _scan_rows(block, a, b, sims, idx, lo, hi):
             if found:
                 for c in range(c0, c1):
                     s, j = block[r, c], b + c
-                    if s > sims[i, k - 1] or (s == sims[i, k - 1] and j < idx[i, k - 1]): _push(sims, idx, i, s, j)
+                    if s > sims[i, k - 1] or (s == sims[i, k - 1] and j < idx[i, k - 1]):
+                        _push(sims, idx, i, s, j)
 
 @compiled
 def _scan_columns(block, a, b, sims, idx, lo, hi):
@@ -117,72 +126,89 @@ def _scan_columns(block, a, b, sims, idx, lo, hi):
 
 # %% ../nbs/04_neighbors.ipynb #0027abcd
 def _half_search(x, k, rows=None, offsets=None, farthest=None, block=2048):
-    """Exact search over the upper triangle of X X^T, one block at a time: each product serves its row and its column.
+    """Exact search over the upper triangle of X X^T, one block at a time:
+    each product serves its row and its column.
 
-    `rows`: search only among these rows of x. `offsets`: subtracted from both sides of each product (half squared
-    norms turn it into -d²/2). `farthest`: array that receives each row's smallest value."""
+    `rows`: search only among these rows of x. `offsets`: subtracted from both sides of each
+    product (half squared norms turn it into -d²/2). `farthest`: array that receives each row's
+    smallest value."""
     n = len(x) if rows is None else len(rows)
     sims, idx = np.full((n, k), -np.inf, np.float32), np.full((n, k), n, np.int64)
     starts = range(0, n, block)
-    room = torch.empty(block * block)
+    room = torch.empty(block * block, dtype=torch.float32)
     t = torch.from_numpy(x)
-    part = (lambda a: t[a:a + block]) if rows is None else (lambda a: torch.from_numpy(x[rows[a:a + block]]))
-    busy = tqdm(total=len(starts) * (len(starts) + 1) // 2, desc="neighbours", leave=False, disable=n * n * x.shape[1] < 1e12)
+    if rows is None: part = lambda a: t[a:a + block]
+    else: part = lambda a: torch.from_numpy(x[rows[a:a + block]])
+    pairs, quick = len(starts) * (len(starts) + 1) // 2, n * n * x.shape[1] < 1e12
+    busy = tqdm(total=pairs, desc="neighbours", leave=False, disable=quick)
     with full_precision(), busy:
         for a in starts:
             left = part(a)
+            here = slice(a, a + len(left))
             for b in starts[a // block:]:
                 right = left if a == b else part(b)
+                there = slice(b, b + len(right))
                 out = room[:len(left) * len(right)].view(len(left), len(right))
                 products(left, right, out)
                 s = out.numpy()
-                if offsets is not None: s -= offsets[a:a + len(left), None] + offsets[None, b:b + len(right)]
-                if farthest is not None: np.minimum(farthest[a:a + len(left)], s.min(1), out=farthest[a:a + len(left)])
+                if offsets is not None: s -= offsets[here, None] + offsets[None, there]
+                if farthest is not None:
+                    np.minimum(farthest[here], s.min(1), out=farthest[here])
+                    if a != b: np.minimum(farthest[there], s.min(0), out=farthest[there])
                 in_threads(lambda lo, hi: _scan_rows(s, a, b, sims, idx, lo, hi), len(left))
                 if a != b:
-                    if farthest is not None: np.minimum(farthest[b:b + len(right)], s.min(0), out=farthest[b:b + len(right)])
                     in_threads(lambda lo, hi: _scan_columns(s, a, b, sims, idx, lo, hi), len(right))
                 busy.update()
     return sims, idx
 
 # %% ../nbs/04_neighbors.ipynb #0029abcd
-def _full_search(x, k, rows=None, offsets=None, farthest=None, device="cpu", block=4096, width=65536):
-    "Exact search with torch alone (any device): blocked products, top-k with some spare, ties put in order."
+def _full_search(
+    x, k, rows=None, offsets=None, farthest=None, device="cpu", block=4096, width=65536,
+):
+    """Exact search with torch alone (any device): blocked products, top-k with some spare,
+    ties put in order."""
     t = torch.from_numpy(x if rows is None else x[rows]).to(device)
     o = None if offsets is None else torch.from_numpy(offsets).to(device)
     n, spare = len(t), 16
     sims, idx = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
     if torch.device(device).type == "cpu": block, width = 1024, 16384
+    quick = n * n * x.shape[1] < 1e14
     with full_precision():
-        for a in tqdm(range(0, n, block), desc="neighbours", leave=False, disable=n * n * x.shape[1] < 1e14):
+        for a in tqdm(range(0, n, block), desc="neighbours", leave=False, disable=quick):
+            here = slice(a, a + block)
             best_s, best_j = None, None
             for b in range(0, n, width):
-                s = t[a:a + block] @ t[b:b + width].T
-                if o is not None: s -= o[a:a + block, None] + o[None, b:b + width]
-                if farthest is not None: farthest[a:a + block] = np.minimum(farthest[a:a + block], s.amin(1).cpu().numpy())
+                s = t[here] @ t[b:b + width].T
+                if o is not None: s -= o[here, None] + o[None, b:b + width]
+                if farthest is not None:
+                    farthest[here] = np.minimum(farthest[here], s.amin(1).cpu().numpy())
                 s, j = s.topk(min(k + spare, s.shape[1]), dim=1)
                 j = j + b
                 if best_s is not None: s, j = torch.cat([best_s, s], 1), torch.cat([best_j, j], 1)
-                j, order = j.sort(dim=1)                     # by index, then a stable sort by similarity: ties in order
+                # by index, then a stable sort by similarity: ties in order
+                j, order = j.sort(dim=1)
                 s, order = s.gather(1, order).sort(dim=1, descending=True, stable=True)
                 best_s, best_j = s[:, :k + spare], j.gather(1, order)[:, :k + spare]
-            sims[a:a + block], idx[a:a + block] = best_s[:, :k].cpu().numpy(), best_j[:, :k].cpu().numpy()
+            sims[here], idx[here] = best_s[:, :k].cpu().numpy(), best_j[:, :k].cpu().numpy()
     return sims, idx
 
 # %% ../nbs/04_neighbors.ipynb #0033abcd
 def _distinct(x):
-    "Rows that are first of their kind, and for each row the position of its kind among them; None when all differ."
+    """Rows that are first of their kind, and for each row the position of its kind among them;
+    None when all differ."""
     words = x.view(np.uint32)
     weight = np.random.default_rng(0).integers(1, 2**63, x.shape[1], dtype=np.uint64) | np.uint64(1)
     with np.errstate(over="ignore"):
-        key = np.concatenate([words[a:a + 4096].astype(np.uint64) @ weight for a in range(0, len(x), 4096)])
+        key = np.concatenate([words[a:a + 4096].astype(np.uint64) @ weight
+                              for a in range(0, len(x), 4096)])
     _, first, kind = np.unique(key, return_index=True, return_inverse=True)
     if len(first) == len(x): return None
     order = np.argsort(first)                                # kinds in order of their first row
     first, kind = first[order], np.argsort(order)[kind.ravel()]
     twins = np.flatnonzero(first[kind] != np.arange(len(x)))
-    same = np.concatenate([(x[t] == x[first[kind[t]]]).all(1) for t in np.array_split(twins, -(-len(twins) // 1024))])
-    if not same.all():                                       # a hash collision: rows that only look alike become kinds of their own
+    portions = np.array_split(twins, -(-len(twins) // 1024))
+    same = np.concatenate([(x[t] == x[first[kind[t]]]).all(1) for t in portions])
+    if not same.all():  # a hash collision: rows that only look alike become kinds of their own
         lone = twins[~same]
         kind[lone] = len(first) + np.arange(len(lone))
         first = np.append(first, lone)
@@ -191,7 +217,8 @@ def _distinct(x):
     return first, kind
 
 def _unfold(sims, idx, first, kind, k):
-    "Lists among distinct rows -> lists among all rows: every copy in, ties by lower index, k entries."
+    """Lists among distinct rows -> lists among all rows: every copy in, ties by lower index,
+    k entries."""
     n, size = len(kind), np.bincount(kind)
     members, start = np.argsort(kind, kind="stable"), np.concatenate([[0], np.cumsum(size)[:-1]])
     out_s, out_j = np.empty((len(first), k), np.float32), np.empty((len(first), k), np.int64)
@@ -221,11 +248,12 @@ def _faiss_search(x, k):
     "Exact inner-product search spread over all the GPUs that faiss sees."
     import faiss
     options = faiss.GpuMultipleClonerOptions()
-    options.shard = True                                     # each GPU holds a slice of the rows, not a copy of all
+    options.shard = True  # each GPU holds a slice of the rows, not a copy of all
     index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(x.shape[1]), co=options)
     index.add(x)
     sims, idx = np.empty((len(x), k), np.float32), np.empty((len(x), k), np.int64)
-    for a in range(0, len(x), 16384): sims[a:a + 16384], idx[a:a + 16384] = index.search(x[a:a + 16384], k)
+    for a in range(0, len(x), 16384):
+        sims[a:a + 16384], idx[a:a + 16384] = index.search(x[a:a + 16384], k)
     order = np.lexsort((idx, -sims), axis=1)
     return np.take_along_axis(sims, order, 1), np.take_along_axis(idx, order, 1)
 
@@ -235,70 +263,78 @@ def _search(x, k, device="auto", offsets=None, farthest=None):
     twins = _distinct(x)
     rows = None if twins is None else twins[0]
     if offsets is not None and rows is not None: offsets = offsets[rows]
-    low = None if farthest is None else np.full(len(x) if rows is None else len(rows), np.inf, np.float32)
     n = len(x) if rows is None else len(rows)
+    low = None if farthest is None else np.full(n, np.inf, np.float32)
     args = (x, min(k, n), rows, offsets, low)
     if torch.device(device).type == "cpu" and numba is not None: found = _half_search(*args)
-    elif offsets is None and low is None and _faiss_gpus() > 1: found = _faiss_search(x if rows is None else x[rows], min(k, n))
+    elif offsets is None and low is None and _faiss_gpus() > 1:
+        found = _faiss_search(x if rows is None else x[rows], min(k, n))
     else: found = _full_search(*args, device=device)
     if farthest is not None: farthest[:] = low if rows is None else low[twins[1]]
     return found if twins is None else _unfold(*found, *twins, k)
 
 # %% ../nbs/04_neighbors.ipynb #0038abcd
 def knn(
-    features,                                                # N x D, numpy or torch; float16 is widened to float32
-    k: int,                                                  # neighbours per row, the row itself counted; at most N come back
+    features,       # N x D, numpy or torch; float16 is widened to float32
+    k: int,         # neighbours per row, the row itself counted; at most N come back
     *,
-    device="auto",                                           # "auto" (GPU where there is one), "cpu", "cuda"
-):                                                           # (similarities N x k float32, indices N x k int64)
-    """Exact k nearest neighbours by inner product, best first, self included. ValueError for k < 1 and for NaN or Inf.
+    device="auto",  # "auto" (GPU where there is one), "cpu", "cuda"
+):                  # (similarities N x k float32, indices N x k int64)
+    """Exact k nearest neighbours by inner product, best first, self included.
+    ValueError for k < 1 and for NaN or Inf.
 
-    Equal similarities go to the lower index, so among exact copies the row itself may not come first, and with more
-    than k copies it may be missing: drop self by index, never by position."""
+    Equal similarities go to the lower index, so among exact copies the row itself may not come
+    first, and with more than k copies it may be missing: drop self by index, never by position."""
     if k < 1: raise ValueError(f"k: found {k}, expected at least 1 (the row itself is counted).")
     x = as_matrix(features)
     return _search(x, min(int(k), len(x)), device)
 
 def neighbor_lists(
-    features,                                                # N x D
-    k: int = 20,                                             # other images per row; at most N - 1 come back
+    features,              # N x D
+    k: int = 20,           # other images per row; at most N - 1 come back
     *,
     device="auto",
-    compat: bool = False,                                    # drop the first entry whatever it is, as the released code does
-) -> np.ndarray:                                             # N x k indices
+    compat: bool = False,  # drop the first entry whatever it is, as the released code does
+) -> np.ndarray:           # N x k indices
     "Each image's k nearest *others*: self is dropped by index."
     x = as_matrix(features)
     if len(x) == 1: return np.empty((1, 0), np.int64)
     idx = knn(x, k + 1, device=device)[1]
     if compat: return idx[:, 1:]
     here = idx == np.arange(len(x))[:, None]
-    here[~here.any(1), -1] = True                            # more copies than places: self is not listed, the last entry goes
+    # more copies than places: self is not listed, the last entry goes
+    here[~here.any(1), -1] = True
     return idx[~here].reshape(len(x), -1)
 
 # %% ../nbs/04_neighbors.ipynb #0046abcd
 def list_agreement(
-    lists_a,                                                 # N x k indices, no repeats within a row
-    lists_b,                                                 # N x k' indices of the same images
-) -> np.ndarray:                                             # N float32 in [0, 1]
-    "Intersection over union of two neighbour lists per image (PPLR, equation 1). Lists hold no repeats: union = k + k' - intersection."
+    lists_a,      # N x k indices, no repeats within a row
+    lists_b,      # N x k' indices of the same images
+) -> np.ndarray:  # N float32 in [0, 1]
+    """Intersection over union of two neighbour lists per image (PPLR, equation 1).
+    Lists hold no repeats: union = k + k' - intersection."""
     a, b = np.asarray(lists_a), np.asarray(lists_b)
     if a.ndim != 2 or b.ndim != 2 or len(a) != len(b):
-        raise ValueError(f"list_agreement: found shapes {a.shape} and {b.shape}, expected N x k and N x k' for the same N images.")
-    both = np.sort(np.concatenate([a, b], axis=1), axis=1)   # an index in both lists stands next to its twin
+        raise ValueError(f"list_agreement: found shapes {a.shape} and {b.shape}, "
+                         "expected N x k and N x k' for the same N images.")
+    # an index in both lists stands next to its twin
+    both = np.sort(np.concatenate([a, b], axis=1), axis=1)
     shared = (both[:, 1:] == both[:, :-1]).sum(axis=1)
     return (shared / np.maximum(a.shape[1] + b.shape[1] - shared, 1)).astype(np.float32)
 
 # %% ../nbs/04_neighbors.ipynb #0072abcd
 def _pattern(rank, m, n):
     "Boolean N x N: column j of row i is set when j is among the first m neighbours of i."
-    return sp.csr_matrix((np.ones(n * m, np.float32), rank[:, :m].ravel(), np.arange(n + 1) * m), shape=(n, n))
+    ones, indptr = np.ones(n * m, np.float32), np.arange(n + 1) * m
+    return sp.csr_matrix((ones, rank[:, :m].ravel(), indptr), shape=(n, n))
 
 def _grow_sparse(x, rank, half):
     "The same sets in sparse algebra (no numba needed): members, inner products, how many per row."
     n = len(rank)
     near, close = _pattern(rank, rank.shape[1], n), _pattern(rank, half, n)
     first, small = near.multiply(near.T).tocsr(), close.multiply(close.T).tocsr()
-    shared = first.multiply(first @ small.T).tocsr()                   # |K(i, k1) and K(c, k1/2)| where c is in K(i, k1)
+    # |K(i, k1) and K(c, k1/2)| where c is in K(i, k1)
+    shared = first.multiply(first @ small.T).tocsr()
     members = np.asarray(small.sum(1)).ravel()
     shared.data = (3 * shared.data > 2 * members[shared.indices]).astype(np.float32)
     grown = (first + shared @ small).tocsr()
@@ -323,7 +359,8 @@ def _mutual(rank, m, mask, lo, hi):
 
 @compiled
 def _members(i, rank, half, in_full, in_half, state, mine):
-    "The expanded set of image i into `mine`; its size. state[j] is 2i if j is in K(i), 2i + 1 if a friend brought it."
+    """The expanded set of image i into `mine`; its size.
+    state[j] is 2i if j is in K(i), 2i + 1 if a friend brought it."""
     size = 0
     for p in range(rank.shape[1]):
         if in_full[i, p]:
@@ -361,7 +398,8 @@ def _dot(x, i, j):
 
 @compiled
 def _grow(x, rank, sims, half, in_full, in_half, lo, hi):
-    "Expanded k-reciprocal sets of rows lo..hi: members in order, their inner products, how many per row."
+    """Expanded k-reciprocal sets of rows lo..hi: members in order, their inner products,
+    how many per row."""
     n, full = rank.shape
     state, near, place = np.full(n, -1, np.int32), np.full(n, -1, np.int32), np.zeros(n, np.int32)
     cols, dots = np.empty((hi - lo) * 48, np.int32), np.empty((hi - lo) * 48, np.float32)
@@ -371,7 +409,8 @@ def _grow(x, rank, sims, half, in_full, in_half, lo, hi):
         size = _members(i, rank, half, in_full, in_half, state, mine)
         if used + size > len(cols):
             more = len(cols) // 2 + size
-            cols, dots = np.append(cols, np.empty(more, np.int32)), np.append(dots, np.empty(more, np.float32))
+            cols = np.append(cols, np.empty(more, np.int32))
+            dots = np.append(dots, np.empty(more, np.float32))
         for s in range(size):
             j = mine[s]
             cols[used + s] = j
@@ -382,7 +421,8 @@ def _grow(x, rank, sims, half, in_full, in_half, lo, hi):
 
 # %% ../nbs/04_neighbors.ipynb #0079abcd
 def _encode(x, rank, sims, half, logit):
-    "V: row i holds a softmax over the expanded k-reciprocal set of i; `logit(rows, columns, dots)` says of what."
+    """V: row i holds a softmax over the expanded k-reciprocal set of i;
+    `logit(rows, columns, dots)` says of what."""
     n, full = rank.shape
     half, rank = min(half, full), rank.astype(np.int32)
 
@@ -398,7 +438,8 @@ def _encode(x, rank, sims, half, logit):
         parts = [weigh(0, *_grow_sparse(x, rank, half))]
     else:
         in_full, in_half = np.zeros((n, full), np.bool_), np.zeros((n, half), np.bool_)
-        in_threads(lambda lo, hi: (_mutual(rank, full, in_full, lo, hi), _mutual(rank, half, in_half, lo, hi)), n)
+        in_threads(lambda lo, hi: _mutual(rank, full, in_full, lo, hi), n)
+        in_threads(lambda lo, hi: _mutual(rank, half, in_half, lo, hi), n)
         parts = in_threads(rows, n, step=8192)
     cols, vals, count = (np.concatenate(p) for p in zip(*parts))
     indptr = np.concatenate([[0], np.cumsum(count, dtype=np.int64)])
@@ -415,19 +456,23 @@ def _expand_query(v, rank, k2):
 # %% ../nbs/04_neighbors.ipynb #0083abcd
 @compiled
 def _meet(indptr, indices, values, col_ptr, col_rows, col_values, least, lo, hi):
-    "Pairs j >= i of rows lo..hi with m / (2 - m) >= least, m the sum of minima. Columns are numbered from the longest list down."
-    n, need = len(indptr) - 1, 2 * least / (1 + least) - 1e-5          # the m that a kept pair must reach
+    """Pairs j >= i of rows lo..hi with m / (2 - m) >= least, m the sum of minima.
+    Columns are numbered from the longest list down."""
+    n, need = len(indptr) - 1, 2 * least / (1 + least) - 1e-5  # the m that a kept pair must reach
     m, hub, touched = np.zeros(n), np.zeros(n, np.float32), np.empty(n, np.int32)
-    cols, sims, count, used = np.empty((hi - lo) * 32, np.int32), np.empty((hi - lo) * 32, np.float32), np.zeros(hi - lo, np.int32), 0
+    cols, sims = np.empty((hi - lo) * 32, np.int32), np.empty((hi - lo) * 32, np.float32)
+    count, used = np.zeros(hi - lo, np.int32), 0
     for i in range(lo, hi):
         start, hits, mass, h = used, 0, 0.0, indptr[i]
-        while h < indptr[i + 1] and mass + values[h] < need / 2:       # longest lists, together at most half of a pair
+        # longest lists, together at most half of a pair
+        while h < indptr[i + 1] and mass + values[h] < need / 2:
             mass += values[h]
             hub[indices[h]] = values[h]
             h += 1
         for p in range(h, indptr[i + 1]):
             v, l = values[p], indices[p]
-            for q in range(col_ptr[l] + np.searchsorted(col_rows[col_ptr[l]:col_ptr[l + 1]], i), col_ptr[l + 1]):
+            first, last = col_ptr[l], col_ptr[l + 1]
+            for q in range(first + np.searchsorted(col_rows[first:last], i), last):
                 j = col_rows[q]
                 if m[j] == 0:
                     touched[hits] = j
@@ -435,11 +480,12 @@ def _meet(indptr, indices, values, col_ptr, col_rows, col_values, least, lo, hi)
                 m[j] += min(v, col_values[q])
         if used + hits > len(cols):
             more = len(cols) // 2 + hits
-            cols, sims = np.append(cols, np.empty(more, np.int32)), np.append(sims, np.empty(more, np.float32))
+            cols = np.append(cols, np.empty(more, np.int32))
+            sims = np.append(sims, np.empty(more, np.float32))
         for j in touched[:hits]:
             total, m[j] = m[j], 0
             if total + mass < need: continue
-            if h > indptr[i]:                                          # what the long lists add, from the row of j itself
+            if h > indptr[i]:  # what the long lists add, from the row of j itself
                 for p in range(indptr[j], indptr[j + 1]):
                     if indices[p] > indices[h - 1]: break
                     total += min(values[p], hub[indices[p]])
@@ -458,7 +504,8 @@ def _join(v, columns, lo, hi):
     begin, length = columns.indptr[v.indices[entries]], np.diff(columns.indptr)[v.indices[entries]]
     row = np.repeat(np.repeat(np.arange(hi - lo), np.diff(v.indptr[lo:hi + 1])), length)
     at = np.arange(length.sum()) + np.repeat(begin - np.cumsum(length) + length, length)
-    return row, columns.indices[at], np.minimum(np.repeat(v.data[entries], length), columns.data[at]).astype(np.float64)
+    smaller = np.minimum(np.repeat(v.data[entries], length), columns.data[at])
+    return row, columns.indices[at], smaller.astype(np.float64)
 
 def _meet_sparse(v, columns, least, lo, hi):
     "What `_meet` returns, with numpy alone."
@@ -466,49 +513,62 @@ def _meet_sparse(v, columns, least, lo, hi):
     keep = j >= row + lo
     m = sp.coo_matrix((low[keep], (row[keep], j[keep])), shape=(hi - lo, v.shape[0])).tocsr()
     s = np.minimum(m.data / (2 - m.data), 1).astype(np.float32)
-    kept = np.bincount(np.repeat(np.arange(hi - lo), np.diff(m.indptr))[s >= least], minlength=hi - lo)
-    return m.indices[s >= least], s[s >= least], kept
+    kept = s >= least
+    row = np.repeat(np.arange(hi - lo), np.diff(m.indptr))
+    return m.indices[kept], s[kept], np.bincount(row[kept], minlength=hi - lo)
 
 def _overlap(v, least):
-    "Sparse Jaccard similarity of the rows of v: the upper triangle through inverted lists, then mirrored."
+    """Sparse Jaccard similarity of the rows of v: the upper triangle through inverted lists,
+    then mirrored."""
     n, columns = v.shape[0], v.tocsc()
-    columns = columns[:, np.argsort(-np.diff(columns.indptr), kind="stable")]        # m does not mind the order of columns
+    longest_first = np.argsort(-np.diff(columns.indptr), kind="stable")
+    columns = columns[:, longest_first]  # m does not mind the order of columns
     v = columns.tocsr()
     lists = v.indptr, v.indices, v.data, columns.indptr, columns.indices, columns.data
-    if numba is None: parts = [_meet_sparse(v, columns, least, lo, min(lo + 1024, n)) for lo in range(0, n, 1024)]
+    if numba is None:
+        parts = [_meet_sparse(v, columns, least, lo, min(lo + 1024, n)) for lo in range(0, n, 1024)]
     else: parts = in_threads(lambda lo, hi: _meet(*lists, least, lo, hi), n, step=2048)
     cols, sims, count = (np.concatenate(p) for p in zip(*parts))
-    upper = sp.csr_matrix((sims, cols, np.concatenate([[0], np.cumsum(count, dtype=np.int64)])), shape=(n, n))
+    indptr = np.concatenate([[0], np.cumsum(count, dtype=np.int64)])
+    upper = sp.csr_matrix((sims, cols, indptr), shape=(n, n))
     both = (upper + sp.triu(upper, 1, format="csr").T).tocsr()
     both.sort_indices()
     return both
 
 # %% ../nbs/04_neighbors.ipynb #0087abcd
 def _half_norms(x):
-    "Half the squared lengths, or None when every row has unit length (then inner product and distance rank alike)."
+    """Half the squared lengths, or None when every row has unit length
+    (then inner product and distance rank alike)."""
     half = np.einsum("nd,nd->n", x, x) / 2
     return None if np.abs(2 * half - 1).max() < 1e-3 else half
 
 def jaccard_similarity(
-    features,                                                # N x D, rows of unit length
-    k1: int = 30,                                            # neighbours per list, self included
-    k2: int = 6,                                             # lists averaged in the query expansion; 1 = none
+    features,                     # N x D, rows of unit length
+    k1: int = 30,                 # neighbours per list, self included
+    k2: int = 6,                  # lists averaged in the query expansion; 1 = none
     *,
-    min_similarity: float = 0.0,                             # smaller entries are not kept: `clustering.min_similarity(eps)`
-    neighbors=None,                                          # (similarities, indices) of `knn` with at least k1 columns, if at hand
+    min_similarity: float = 0.0,  # smaller entries are not kept: `clustering.min_similarity(eps)`
+    # (similarities, indices) of `knn` with at least k1 columns, if at hand
+    neighbors=None,
     device="auto",
-) -> sp.csr_matrix:                                          # N x N float32, entry = 1 - Jaccard distance, absent = 0
-    """Jaccard similarity of k-reciprocal encodings (Zhong et al. 2017, as used for clustering since SpCL), never N x N.
+) -> sp.csr_matrix:               # N x N float32, entry = 1 - Jaccard distance, absent = 0
+    """Jaccard similarity of k-reciprocal encodings (Zhong et al. 2017, as used for clustering
+    since SpCL), never N x N.
 
-    The half-size sets use round-half-even(k1 / 2) + 1 neighbours. With fewer than k1 images, k1 = N. ValueError for k1 or k2 < 1 and for NaN or Inf."""
-    if k1 < 1 or k2 < 1: raise ValueError(f"k1, k2: found {k1}, {k2}, expected at least 1 (the image itself is counted).")
+    The half-size sets use round-half-even(k1 / 2) + 1 neighbours. With fewer than k1 images,
+    k1 = N. ValueError for k1 or k2 < 1 and for NaN or Inf."""
+    if k1 < 1 or k2 < 1:
+        raise ValueError(f"k1, k2: found {k1}, {k2}, "
+                         "expected at least 1 (the image itself is counted).")
     x = as_matrix(features)
     offsets = _half_norms(x)
     if neighbors is not None: sims, rank = (np.asarray(a)[:, :k1] for a in neighbors)
     else:
         sims, rank = _search(x, min(int(k1), len(x)), device, offsets)
         if offsets is not None: sims = sims + offsets[:, None] + offsets[rank]
-    v = _encode(x, rank, np.ascontiguousarray(sims, np.float32), round(k1 / 2) + 1, lambda rows, cols, dots: 2 * dots - 2)
+    sims = np.ascontiguousarray(sims, np.float32)
+    minus_squared_distance = lambda rows, cols, dots: 2 * dots - 2
+    v = _encode(x, rank, sims, round(k1 / 2) + 1, minus_squared_distance)
     return _overlap(_expand_query(v, rank, k2), min_similarity)
 
 # %% ../nbs/04_neighbors.ipynb #0103abcd
@@ -525,24 +585,28 @@ def _meet_dense(indptr, indices, values, col_ptr, col_rows, col_values, first, o
 
 # %% ../nbs/04_neighbors.ipynb #0105abcd
 def re_rank(
-    query,                                                   # Q x D
-    gallery,                                                 # G x D
-    k1: int = 20,                                            # neighbours per list; the list itself holds k1 + 1, self included
+    query,                      # Q x D
+    gallery,                    # G x D
+    k1: int = 20,               # neighbours per list; the list itself holds k1 + 1, self included
     k2: int = 6,
-    lambda_value: float = 0.3,                               # weight of the original distance
+    lambda_value: float = 0.3,  # weight of the original distance
     *,
     device="auto",
-) -> np.ndarray:                                             # Q x G float32 distance, smaller = nearer
-    "k-reciprocal re-ranking (Zhong et al. 2017): (1 - lambda) Jaccard + lambda original distance; only Q x G is ever dense. ValueError when the widths differ."
+) -> np.ndarray:                # Q x G float32 distance, smaller = nearer
+    """k-reciprocal re-ranking (Zhong et al. 2017): (1 - lambda) Jaccard + lambda original distance;
+    only Q x G is ever dense. ValueError when the widths differ."""
     q, g = as_matrix(query, "query"), as_matrix(gallery, "gallery")
-    if q.shape[1] != g.shape[1]: raise ValueError(f"re_rank: query has {q.shape[1]} columns, gallery {g.shape[1]}; use one model for both.")
+    if q.shape[1] != g.shape[1]:
+        raise ValueError(f"re_rank: query has {q.shape[1]} columns, gallery {g.shape[1]}; "
+                         "use one model for both.")
     x = np.concatenate([q, g])
     half, lowest = np.einsum("nd,nd->n", x, x) / 2, np.empty(len(x), np.float32)
-    sims, rank = _search(x, min(max(k1 + 1, k2), len(x)), device, half, lowest)      # -d²/2, its least value per row
+    # -d²/2, its least value per row
+    sims, rank = _search(x, min(max(k1 + 1, k2), len(x)), device, half, lowest)
     sims = sims + half[:, None] + half[rank]
     farthest = np.maximum(-2 * lowest.astype(np.float64), 1e-12)
-
-    def logit(rows, cols, dots):                             # the reference squares the squared distance, then divides by the row's largest
+    # the reference squares the squared distance, then divides by the row's largest
+    def logit(rows, cols, dots):
         return -(np.maximum(2 * (half[rows] + half[cols] - dots), 0) / farthest[rows]) ** 2
 
     lists = (np.ascontiguousarray(a[:, :k1 + 1]) for a in (rank, sims))
@@ -560,16 +624,17 @@ def re_rank(
         in_threads(lambda lo, hi: _meet_dense(*lists, n, out, lo, hi), n, step=256)
     for a in range(0, n, 256):
         rows = slice(a, min(a + 256, n))
-        d = np.maximum(2 * (half[rows, None] + half[None, n:] - x[rows] @ x[n:].T), 0) / farthest[rows, None]
+        d = np.maximum(2 * (half[rows, None] + half[None, n:] - x[rows] @ x[n:].T), 0)
+        d = d / farthest[rows, None]
         out[rows] = (1 - lambda_value) * out[rows] + lambda_value * d ** 2
     return out
 
 # %% ../nbs/04_neighbors.ipynb #0109abcd
 def recall_on_sample(
-    features, idx,                                           # N x D, N x k: the lists to judge
+    features, idx,  # N x D, N x k: the lists to judge
     sample: int = 1000,
     seed: int = 0,
-) -> float:                                                  # share of the exact k nearest that the lists hold
+) -> float:         # share of the exact k nearest that the lists hold
     "Recall of neighbour lists against an exact search for a random sample of the rows."
     x, k = as_matrix(features), idx.shape[1]
     rows = np.random.default_rng(seed).choice(len(x), min(sample, len(x)), replace=False)
@@ -577,7 +642,8 @@ def recall_on_sample(
     with full_precision():
         for b in range(0, len(x), 65536):
             s, j = (q @ torch.from_numpy(x[b:b + 65536]).T).topk(min(k, len(x) - b), dim=1)
-            s, j = (s, j + b) if best_s is None else (torch.cat([best_s, s], 1), torch.cat([best_j, j + b], 1))
+            if best_s is None: s, j = s, j + b
+            else: s, j = torch.cat([best_s, s], 1), torch.cat([best_j, j + b], 1)
             best_s, order = s.topk(min(k, s.shape[1]), dim=1)
             best_j = j.gather(1, order)
     both = np.sort(np.concatenate([idx[rows], best_j.numpy()], axis=1), axis=1)
@@ -585,33 +651,40 @@ def recall_on_sample(
 
 # %% ../nbs/04_neighbors.ipynb #0111abcd
 def knn_approximate(
-    features,                                                # N x D
+    features,                  # N x D
     k: int,
     *,
-    cells: int | None = None,                                # default 4 sqrt(N)
-    probes: int = 16,                                        # cells searched per row: more is slower and better
-    sample: int = 1000,                                      # rows on which recall is measured
+    cells: int | None = None,  # default 4 sqrt(N)
+    probes: int = 16,          # cells searched per row: more is slower and better
+    sample: int = 1000,        # rows on which recall is measured
     seed: int = 0,
-):                                                           # as `knn`
-    "Approximate `knn` (faiss IVF) for N > 300,000; prints its recall. Pass the result on as `jaccard_similarity(..., neighbors=)`."
+):                             # as `knn`
+    """Approximate `knn` (faiss IVF) for N > 300,000; prints its recall.
+    Pass the result on as `jaccard_similarity(..., neighbors=)`."""
     try:
         import faiss
     except ImportError:
-        raise ValueError("knn_approximate: faiss is not installed; pip install faiss-cpu, or use knn, which is exact.") from None
+        raise ValueError("knn_approximate: faiss is not installed; pip install faiss-cpu, "
+                         "or use knn, which is exact.") from None
     x = as_matrix(features)
     n, k = len(x), min(k, len(x))
     cells = cells or max(1, int(4 * n ** .5))
     faiss.omp_set_num_threads(torch.get_num_threads())
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(x.shape[1]), x.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
-    index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid, index.nprobe = seed + 1, 10, 1, min(probes, cells)
-    index.train(x[np.sort(np.random.default_rng(seed).choice(n, min(n, 40 * cells), replace=False))])
+    middles = faiss.IndexFlatIP(x.shape[1])
+    index = faiss.IndexIVFFlat(middles, x.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = seed + 1, 10, 1
+    index.nprobe = min(probes, cells)
+    rows = np.random.default_rng(seed).choice(n, min(n, 40 * cells), replace=False)
+    index.train(x[np.sort(rows)])
     index.add(x)
     sims, idx = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
-    for a in tqdm(range(0, n, 16384), desc="neighbours (approximate)", leave=False, disable=n < 100_000):
+    starts, name = range(0, n, 16384), "neighbours (approximate)"
+    for a in tqdm(starts, desc=name, leave=False, disable=n < 100_000):
         sims[a:a + 16384], idx[a:a + 16384] = index.search(x[a:a + 16384], k)
     for i in np.flatnonzero((idx < 0).any(1)):
         s = x @ x[i]
         idx[i] = np.lexsort((np.arange(n), -s))[:k]
         sims[i] = s[idx[i]]
-    print(f"approximate search: recall@{k} {recall_on_sample(x, idx, sample, seed):.3f} on {min(sample, n):,} of {n:,} rows")
+    recall = recall_on_sample(x, idx, sample, seed)
+    print(f"approximate search: recall@{k} {recall:.3f} on {min(sample, n):,} of {n:,} rows")
     return sims, idx

@@ -25,7 +25,8 @@ _together = False  # are all processes at the same place?
 
 @contextmanager
 def together():
-    "Inside, all processes of a run are at the same place in the same program; outside, this one is alone."
+    """Inside, all processes of a run are at the same place in the same program;
+    outside, this one is alone."""
     global _together
     before, _together = _together, dist.is_available() and dist.is_initialized()
     try: yield
@@ -100,7 +101,8 @@ class Joined(torch.autograd.Function):
 def deal(n,           # images of a batch
          group_size,  # images that are normalised together; None: all of them
          parts, part) -> slice | None:
-    "The images of one process: whole groups; None when there are fewer groups than processes, or they are unequal."
+    """The images of one process: whole groups;
+    None when there are fewer groups than processes, or they are unequal."""
     groups = [len(g) for g in torch.arange(n).chunk(math.ceil(n / (group_size or n)))]
     if len(groups) < parts or len(set(groups)) > 1: return None
     own = share(len(groups), parts, part)
@@ -111,13 +113,17 @@ def shared_forward(forward,     # of the network: images -> (global, parts or No
                    images,      # the whole batch
                    group_size,  # images that are normalised together
                    ):
-    "The outputs for the whole batch, each process having computed its share; when it cannot be dealt out, only the first one's gradient counts."
+    """The outputs for the whole batch, each process having computed its share;
+    when it cannot be dealt out, only the first one's gradient counts."""
     if size() == 1: return forward(images)
     rows = deal(len(images), group_size, size(), rank())
-    if rows is not None: return tuple(x if x is None else Joined.apply(x, rows, len(images)) for x in forward(images[rows]))
+    if rows is not None:
+        own = forward(images[rows])
+        return tuple(x if x is None else Joined.apply(x, rows, len(images)) for x in own)
     out = forward(images)
     for x in out:
-        if rank() and x is not None and x.requires_grad: x.register_hook(torch.zeros_like)
+        if rank() and x is not None and x.requires_grad:
+            x.register_hook(torch.zeros_like)
     return out
 
 # %% ../nbs/08b_parallel.ipynb #0035abcd
@@ -126,12 +132,16 @@ def sum_gradients(network,    # module behind `shared_forward`
                   ):
     "Sum the network's gradients over processes; average those of everything else that is trained."
     if size() == 1: return
-    trained, own = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None], set(network.parameters())
-    for grads, divisor in (([p.grad for p in trained if p in own], 1), ([p.grad for p in trained if p not in own], size())):
+    given = [p for group in optimizer.param_groups for p in group["params"]]
+    trained, own = [p for p in given if p.grad is not None], set(network.parameters())
+    inside = [p.grad for p in trained if p in own]
+    beside = [p.grad for p in trained if p not in own]
+    for grads, divisor in ((inside, 1), (beside, size())):
         if not grads: continue
         flat = torch.cat([g.flatten() for g in grads])  # one message instead of hundreds
         dist.all_reduce(flat)
-        for g, new in zip(grads, flat.div_(divisor).split([g.numel() for g in grads])): g.copy_(new.view_as(g))
+        pieces = flat.div_(divisor).split([g.numel() for g in grads])
+        for g, new in zip(grads, pieces): g.copy_(new.view_as(g))
 
 # %% ../nbs/08b_parallel.ipynb #0037abcd
 def same_buffers(model):
@@ -150,8 +160,12 @@ def leashed(words, **options):
 
 # %% ../nbs/08b_parallel.ipynb #0046abcd
 def join(number=None, processes=None, port=None, device="auto"):
-    "Make this process one of several: by the given numbers, or by those of torchrun's environment. Gives its device."
-    if number is not None: os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    """Make this process one of several: by the given numbers,
+    or by those of torchrun's environment. Gives its device."""
+    if number is not None:
+        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number),
+                       "WORLD_SIZE": str(processes),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     gpu = torch.cuda.is_available() and str(device) != "cpu"
     local = int(os.environ["LOCAL_RANK"])
     if gpu: torch.cuda.set_device(local)
@@ -164,12 +178,18 @@ def check(processes,         # how many are asked for
           settings,          # of the run
           device="auto"):
     "ValueError when there is nothing to do for so many processes, or no GPU for each."
-    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1: raise ValueError(f"processes={processes!r}: expected a whole number from 1")
-    groups = settings["batch_size"] // (settings["bn_group_size"] or settings["batch_size"])
+    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
+        raise ValueError(f"processes={processes!r}: expected a whole number from 1")
+    batch, group = settings["batch_size"], settings["bn_group_size"]
+    groups = batch // (group or batch)
     if processes > max(1, groups):
-        raise ValueError(f"processes={processes}: a batch of {settings['batch_size']} in groups of bn_group_size={settings['bn_group_size']} is {groups} share(s); ask for {groups} process(es), or lower bn_group_size")
+        raise ValueError(f"processes={processes}: a batch of {batch} in groups of "
+                         f"bn_group_size={group} is {groups} share(s); "
+                         f"ask for {groups} process(es), or lower bn_group_size")
     gpus = torch.cuda.device_count() if str(device) != "cpu" else 0
-    if gpus and processes > gpus: raise ValueError(f"processes={processes}: there are {gpus} GPUs, and each process needs one")
+    if gpus and processes > gpus:
+        raise ValueError(f"processes={processes}: there are {gpus} GPUs, "
+                         "and each process needs one")
 
 OTHERS = []  # the processes that this one has started
 
@@ -178,7 +198,9 @@ def lead(processes,  # in all, this one included
          logs,       # folder for what the others print
          device="auto"):  # this process's device
     "Start the others and join them as the first process."
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
     for number in range(1, processes):
         with open(Path(logs) / f"process-{number}.log", "wb") as log:
             more = [*words, *map(str, (number, processes, port))]

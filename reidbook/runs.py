@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'REPORTING', 'FILES', 'NEEDED', 'method_names', 'get_method', 'code_digest', 'given_files', 'file_digest',
-           'describe', 'checkout', 'runs_dir', 'write_json', 'hardware', 'versions', 'now', 'begin', 'open_state',
-           'follower', 'follow', 'finish', 'epoch_line', 'free_baselines', 'choices', 'show_rank_lists',
-           'template_parameters', 'execute', 'merge_streams', 'publish', 'read_manifest', 'run_status', 'run_folders',
-           'ledger', 'ledger_row', 'results_table', 'markdown_table', 'find_run', 'show_run']
+           'describe', 'setting_words', 'method_words', 'run_title', 'changed_settings', 'checkout', 'runs_dir',
+           'write_json', 'hardware', 'versions', 'cache_folder', 'now', 'begin', 'first_manifest', 'open_state',
+           'follower', 'follow', 'finish', 'peak_memory', 'time_spent', 'epoch_line', 'epoch_seconds', 'free_baselines',
+           'choices', 'show_rank_lists', 'read_template', 'assigned', 'template_parameters', 'real', 'absolute_folders',
+           'execute', 'merge_streams', 'publish', 'front_matter', 'uncounted', 'read_manifest', 'run_status',
+           'run_folders', 'ledger', 'ledger_row', 'add_cost', 'results_table', 'listed_by', 'markdown_table',
+           'find_run', 'show_run']
 
 # %% ../nbs/20_runs.ipynb #0003abcd
 import ast
+import contextlib
 import hashlib
 import importlib
 import json
@@ -32,7 +36,7 @@ import yaml
 
 import reidbook
 import reidbook.methods
-from . import parallel, training
+from . import adaptation, parallel, training  # adaptation: the stage that `source` asks for
 from .data import column, data_root, dataset_digest, load_images, open_dataset
 
 # %% ../nbs/20_runs.ipynb #0007abcd
@@ -90,7 +94,8 @@ def describe(dataset,     # name for `open_dataset`
              settings=None,  # dict of settings that differ from the defaults
              ):           # namespace: dataset, method, settings, parameters, run_id, name
     "Check everything that can be checked before a run starts, and name the run."
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0: raise ValueError(f"seed {seed!r}: expected an integer of 0 or more")
+    if not training.is_a(int, seed) or seed < 0:
+        raise ValueError(f"seed {seed!r:.80}: expected a whole number from 0 to {training.LARGEST}")
     if device not in ("auto", "cpu") and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"device {device!r}: expected auto, cpu" + (" or cuda" if torch.cuda.is_available() else "; this machine has no GPU that torch can see"))
     cls = get_method(method)
@@ -100,6 +105,25 @@ def describe(dataset,     # name for `open_dataset`
     identity = {"dataset": dataset, "method": method, "seed": seed, "settings": full | contents, "code": code_digest(method, full["correct"]), "data": dataset_digest(data)}
     run_id = hashlib.sha1(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:10]
     return SimpleNamespace(dataset=data, method=cls, device=device, settings=full, identity=identity, run_id=run_id, name=f"{dataset}-{method}-s{seed}-{run_id}")
+
+# %% ../nbs/20_runs.ipynb #20a2c0de
+def setting_words(name, value) -> str:
+    "A changed setting in words."
+    if isinstance(value, bool): return name if value else f"no {name}"
+    if isinstance(value, (list, tuple)): value = " ".join(map(str, value))
+    return f"{name} {Path(str(value)).name if name in FILES else value}" if value != "" else f"no {name}"
+
+def method_words(method, settings) -> str:
+    "A method, and the settings that differ from its defaults."
+    return ", ".join([method, *(setting_words(k, v) for k, v in sorted(settings.items()))])
+
+def run_title(dataset, method, seed, settings) -> str:
+    "What a run is called in every list."
+    return f"{dataset} · {method_words(method, settings)} · seed {seed}"
+
+def changed_settings(m) -> dict:
+    "Of a manifest: the settings that were asked for; files by name and content."
+    return m["parameters"]["settings"] | m.get("files", {})
 
 # %% ../nbs/20_runs.ipynb #0027abcd
 def checkout() -> Path:
@@ -134,6 +158,12 @@ def versions() -> dict:
         except metadata.PackageNotFoundError: pass
     return out
 
+# %% ../nbs/20_runs.ipynb #0076bbcd
+def cache_folder(root=None) -> Path:
+    "Where decoded images of a data root are kept."
+    root = data_root(root)
+    return (root.parent if root.is_file() else root) / ".cache"
+
 # %% ../nbs/20_runs.ipynb #0031abcd
 def now():
     "Date and time in UTC, to the second."
@@ -142,26 +172,43 @@ def now():
 def begin(dataset, method, seed=1, root=None, device="auto", out=None, settings=None,
           processes=1,  # that share the work, one per GPU; results are the same up to rounding
           ):
-    "Open a run: checked, named, its folder locked, its manifest `running`, its training state ready."
+    "Open a run: checked, named, its folder locked, its manifest `running`, its state ready."
+    began = training.clock()
     run = describe(dataset, method, seed, root, device, settings)
     parallel.check(processes, run.settings, device)
     run.out = Path(out) if out else runs_dir() / run.name
     training.hold(run.out, patience=20)
-    run.manifest = {"run_id": run.run_id, "name": run.name, "status": "running", "started": now(), "finished": None,
-                    "parameters": {k: run.identity[k] for k in ("dataset", "method", "seed")} | {"settings": settings or {}},
-                    "settings": run.settings, "code": run.identity["code"], "hardware": hardware(), "versions": versions(), "processes": processes,
-                    "data": {"name": dataset, "digest": run.identity["data"], **{k: len(getattr(run.dataset, k)) for k in ("train", "query", "gallery")}}}
+    run.manifest = first_manifest(run, settings or {}, processes)
     write_json(run.out / "manifest.json", run.manifest)
-    run.clock = time.perf_counter()
-    if processes > 1: run.device = parallel.lead(processes, follower(dataset, method, seed, root, device, settings, run.out), run.out, device)
+    if processes > 1:
+        words = follower(dataset, method, seed, root, device, settings, run.out)
+        run.device = parallel.lead(processes, words, run.out, device)
     run.state = open_state(run, root)
-    run.manifest["resumed_after"] = run.state.epoch  # epochs that an earlier start of this run had trained
+    run.state.began = began
+    run.manifest["resumed_after"] = run.state.epoch  # epochs that earlier starts had trained
     return run
+
+def first_manifest(run, settings, processes) -> dict:
+    "What is known of a run before it trains."
+    files = {k: run.identity["settings"][k] for k in given_files(settings)}
+    parameters = {k: run.identity[k] for k in ("dataset", "method", "seed")} | {"settings": settings}
+    splits = {k: len(getattr(run.dataset, k)) for k in ("train", "query", "gallery")}
+    return {"run_id": run.run_id, "name": run.name,
+            "title": run_title(**parameters | {"settings": settings | files}),
+            "status": "running", "started": now(), "finished": None,
+            "parameters": parameters, "files": files, "settings": run.settings,
+            "code": run.identity["code"], "hardware": hardware(), "versions": versions(),
+            "processes": processes,
+            "data": {"name": run.dataset.name, "digest": run.identity["data"], **splits}}
 
 def open_state(run, root):
     "The training state of a described run."
-    return training.start(run.dataset, run.method, run.settings, run.identity["seed"], run.out, run.device, cache=data_root(root) / ".cache",
-                          store=run.out.parent / "stages", identity={k: run.identity[k] for k in ("code", "data")} | {k: run.identity["settings"].get(k) for k in FILES})  # files by content
+    files = {k: run.identity["settings"].get(k) for k in FILES}  # by content
+    identity = {k: run.identity[k] for k in ("code", "data")} | files
+    return training.start(run.dataset, run.method, run.settings, run.identity["seed"], run.out,
+                          run.device, cache=cache_folder(root),
+                          store=run.out.parent / "stages", identity=identity)
+
 
 # %% ../nbs/20_runs.ipynb #0033abcd
 def follower(*words):
@@ -182,23 +229,46 @@ def follow():
 def finish(run,          # from `begin`
            result=None,  # from `training.test`: the result of a run that only evaluates
            **more):      # entries for the manifest
-    "Close a run: the last epoch is the result, best-on-test stands beside it under that name; the manifest says `done`."
+    "Close a run: the last epoch is the result, best-on-test stands beside it; `done` is written."
     history = run.state.history
     last = history[-1] if history else training.describe_test(result)
     tested = [r for r in history if "mAP" in r]
     best = max(tested, key=lambda r: r["mAP"]) if tested else None
     pick = lambda r: {k: r[k] for k in ("mAP", "rank1", "rank5", "mINP") if k in r}
     labels = {k: last[k] for k in last if k.startswith("label_") or k in ("clusters", "outliers")}
-    seconds = sum(v for r in history for k, v in r.items() if k.startswith("seconds")) or time.perf_counter() - run.clock
-    run.manifest |= {"metrics": pick(last) | labels, "best_on_test": best and pick(best) | {"epoch": best["epoch"]}, "weights": run.state.weights,
-                     "epochs": len(history), "eval_only": not history, "seconds": round(seconds, 1),
-                     "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2 ** 20)),
-                     "peak_gpu_memory_mb": round(torch.cuda.max_memory_allocated() / 2 ** 20) if torch.cuda.is_available() else None,
-                     **more, "finished": now(), "status": "done"}
+    time = time_spent(run)
+    run.manifest |= {"metrics": pick(last) | labels,
+                     "best_on_test": best and pick(best) | {"epoch": best["epoch"]},
+                     "weights": run.state.weights, "epochs": len(history),
+                     "eval_only": not history, "seconds": time["wall"], "time": time,
+                     **peak_memory(), **more, "finished": now(), "status": "done"}
     write_json(run.out / "manifest.json", run.manifest)
     training.release(run.out)
-    parallel.part()
     return run.manifest
+
+def peak_memory() -> dict:
+    "Of this process, in MB; on the GPU too where there is one."
+    unit = 2 ** 20 if sys.platform == "darwin" else 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    gpu = torch.cuda.max_memory_allocated() / 2 ** 20 if torch.cuda.is_available() else None
+    return {"peak_memory_mb": round(most), "peak_gpu_memory_mb": gpu and round(gpu)}
+
+# %% ../nbs/20_runs.ipynb #20a5c0de
+def time_spent(run) -> dict:
+    "Wall, CPU and GPU seconds of a run, of its parts, which sum to the whole, and of its stages."
+    t, processes = run.state, run.manifest["processes"]
+    before = sum(os.times()[2:4])
+    parallel.part()
+    others = np.array([0, sum(os.times()[2:4]) - before])
+    whole = np.round(t.earlier + training.clock() - t.began, 2)
+    parts = {part: np.round(spent, 2) for part, spent in t.time.items()}
+    if processes > 1: parts["other processes"] = np.round(others, 2)
+    parts["rest"] = whole - sum(parts.values())
+    both = lambda spent: {k: round(float(x), 2) for k, x in zip(("wall", "cpu"), spent)}
+    gpu = round(float(whole[0]) * processes, 2) if t.device.type == "cuda" else None
+    return both(whole) | {"gpu": gpu, "gpu_is": gpu and "wall seconds times GPUs held",
+                          "starts": t.starts, "parts": {k: both(x) for k, x in parts.items()},
+                          "stages": t.stages}
 
 # %% ../nbs/20_runs.ipynb #0036abcd
 def epoch_line(r) -> str:
@@ -206,7 +276,11 @@ def epoch_line(r) -> str:
     line = f"epoch {r['epoch']:3d}  loss {r['loss']:.3f}  {r['clusters']:4d} clusters  {r['outliers']:5d} outliers"
     if "label_pairwise_precision" in r: line += f"  labels P {r['label_pairwise_precision']:.2f} R {r['label_pairwise_recall']:.2f}"
     if "mAP" in r: line += f"  test mAP {r['mAP']:6.1%} rank-1 {r['rank1']:6.1%}"
-    return line + f"  ({sum(v for k, v in r.items() if k.startswith('seconds')):.1f} s)"
+    return line + f"  ({epoch_seconds(r):.1f} s)"
+
+def epoch_seconds(r) -> float:
+    "Wall seconds of an epoch: labels, training, test. Other times in a record are parts of these."
+    return sum(r.get(name, 0) for name in training.LAPS)
 
 # %% ../nbs/20_runs.ipynb #0041abcd
 def free_baselines(t) -> dict:
@@ -245,15 +319,51 @@ def show_rank_lists(t,       # a training state
     order = rank_lists(query.global_, gallery.global_, k, q_pids, g_pids, q_cams, g_cams, rows=rows)
     return plot_rank_lists(list(t.dataset.query.path.iloc[rows]), list(t.dataset.gallery.path), order, q_pids[rows], g_pids)
 
+# %% ../nbs/20_runs.ipynb #0078bbcd
+def read_template(template):
+    "A notebook; ValueError for a file that is something else."
+    import nbformat
+    if not template.is_file(): raise FileNotFoundError(f"no template notebook at {template}")
+    try: return nbformat.read(template, as_version=4)
+    except Exception as e:  # nbformat has many of its own
+        raise ValueError(f"template {template} is no notebook ({type(e).__name__})") from None
+
+# %% ../nbs/20_runs.ipynb #0080bbcd
+def assigned(tree) -> set:
+    "The names that top-level assignments of a syntax tree bind, unpacked ones included."
+    kinds = ast.Assign, ast.AnnAssign
+    targets = [t for node in tree.body if isinstance(node, kinds)
+               for t in getattr(node, "targets", None) or [node.target]]
+    return {n.id for t in targets for n in ast.walk(t)
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
 # %% ../nbs/20_runs.ipynb #0046abcd
 def template_parameters(template) -> set:
     "Names in the template's tagged parameters cell; ValueError when no cell is tagged."
-    import nbformat
     template = Path(template)
-    if not template.is_file(): raise FileNotFoundError(f"no template notebook at {template}")
-    cells = [c for c in nbformat.read(template, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
-    if len(cells) != 1: raise ValueError(f"{template.name} has {len(cells)} cells tagged 'parameters', expected 1: tag the cell that holds the defaults")
-    return {node.target.id if isinstance(node, ast.AnnAssign) else node.targets[0].id for node in ast.parse(cells[0].source).body}
+    cells = [c.source for c in read_template(template).cells
+             if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise ValueError(f"{template.name} has {len(cells)} cells tagged 'parameters', expected 1: "
+                         "tag the cell that holds the defaults")
+    try: return assigned(ast.parse(cells[0]))
+    except (SyntaxError, ValueError) as e:
+        raise ValueError(f"the parameters cell of {template.name} is not plain Python ({e}): "
+                         "expected lines such as seed = 1") from None
+
+# %% ../nbs/20_runs.ipynb #0083bbcd
+def real(path) -> Path:
+    "A path from the root on, its folders without links; its own name stays as it is."
+    path = Path(path).expanduser().absolute()
+    return path.parent.resolve() / path.name
+
+@contextlib.contextmanager
+def absolute_folders(names=("REIDBOOK_DATA", "REIDBOOK_RUNS")):
+    "While a kernel runs, these variables of the environment name folders from the root on."
+    before = {name: os.environ[name] for name in names if os.environ.get(name)}
+    os.environ.update({k: str(Path(v).expanduser().absolute()) for k, v in before.items()})
+    try: yield
+    finally: os.environ.update(before)
 
 # %% ../nbs/20_runs.ipynb #0050abcd
 def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
@@ -270,8 +380,9 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
     if (read_manifest(out) or {}).get("status") == "done" and (out / "run.ipynb").exists() and not again:
         print(f"already done: {out / 'run.ipynb'} (repeat it with --again)")
         return out
-    near = lambda path: os.path.relpath(Path(path).expanduser(), template.parent)  # the kernel works in the template's folder; no machine path in a notebook
-    values = {"dataset": dataset, "method": method, "seed": seed, "root": root and str(root), "device": device, "out": near(out), "processes": processes,
+    here = template.parent.resolve()  # where the kernel works; no machine path gets into a notebook
+    near = lambda path: os.path.relpath(real(path), here)
+    values = {"dataset": dataset, "method": method, "seed": seed, "root": near(root) if root else None, "device": device, "out": near(out), "processes": processes,
               "settings": (settings or {}) | {k: near(path) for k, path in given_files(settings or {}).items()}}
     if set(values) - known: raise ValueError(f"{template.name} has no parameter {', '.join(sorted(set(values) - known))}: its parameters cell names {', '.join(sorted(known))}")
     training.hold(out, "notebook")
@@ -280,7 +391,7 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
         training.release(out)
         if again:
             for f in (*training.CHECKPOINTS, "metrics.jsonl", "free.json", "manifest.json", "run.ipynb"): (out / f).unlink(missing_ok=True)
-        return _execute(template, out, values)
+        with absolute_folders(): return _execute(template, out, values)
     finally: training.release(out, "notebook")
 
 # %% ../nbs/20_runs.ipynb #0051abcd
@@ -289,8 +400,10 @@ def _execute(template, out, values):
     import papermill
     partial = out / "_partial.ipynb"
     error = "the kernel ended early"
+    plain = lambda path: str(path).replace("{", "{{").replace("}", "}}")  # papermill fills in braces
     try:
-        papermill.execute_notebook(template, partial, parameters=values, kernel_name="python3", cwd=template.parent, progress_bar=False, log_output=False,
+        papermill.execute_notebook(plain(template), plain(partial), parameters=values, kernel_name="python3", cwd=template.parent,
+                                   progress_bar=False, log_output=False,
                                    stdout_file=sys.stdout, autosave_cell_every=30, extra_arguments=["--log-level=ERROR"])
     except papermill.exceptions.PapermillExecutionError as e: error = f"{e.ename}: {e.evalue}"
     except Exception as e: error = f"{type(e).__name__}: {e}"
@@ -316,22 +429,34 @@ def publish(source, target, manifest):
     "Give an executed notebook its title and front matter, and rename it into place."
     import nbformat
     nb = nbformat.read(source, as_version=4)
-    p, m = manifest["parameters"], manifest["metrics"]
-    title = " · ".join([p["dataset"], p["method"], *(f"{k}={str(v).split('/')[-1]}" for k, v in p["settings"].items()), f"seed {p['seed']}", *["evaluation only"] * manifest["eval_only"]])
-    front = {"title": title, "description": f"Executed run {manifest['run_id']}", **{k: p[k] for k in ("dataset", "method", "seed")},
-             **{k: round(100 * m[k], 1) for k in ("mAP", "rank1") if k in m}, "minutes": round(manifest["seconds"] / 60, 1),
-             "date": manifest["finished"][:10], "categories": [p["dataset"], p["method"]], "skip_exec": True}
     cells = [c for c in nb.cells if c.cell_type != "raw"]
     if cells and cells[0].cell_type == "markdown": cells = cells[1:]  # the template's own title
-    lead = nbformat.v4.new_raw_cell("---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---")
-    nb.cells = [lead] + cells
+    front = yaml.safe_dump(front_matter(manifest), sort_keys=False, allow_unicode=True)
+    nb.cells = [nbformat.v4.new_raw_cell(f"---\n{front}---")] + cells
     for c in nb.cells:
         c.metadata = {k: v for k, v in c.metadata.items() if k == "tags"}
-        if c.cell_type == "code": c.execution_count, c.outputs = None, merge_streams(c.outputs)
-    nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+        if c.cell_type == "code": c.execution_count, c.outputs = None, uncounted(c.outputs)
+    python = {"display_name": "python3", "language": "python", "name": "python3"}
+    nb.metadata = {"kernelspec": python}
     temporary = target.with_suffix(".tmp")
     nbformat.write(nb, temporary)
     os.replace(temporary, target)
+
+def front_matter(m) -> dict:
+    "What the lists of the site show of a run, from its manifest."
+    p, title = m["parameters"], run_title(**m["parameters"] | {"settings": changed_settings(m)})
+    front = {"title": title + " · evaluation only" * m["eval_only"]}
+    front |= {"description": f"Executed run {m['run_id']}"}
+    front |= {k: p[k] for k in ("dataset", "method", "seed")}
+    measures = {k: round(100 * m["metrics"][k], 1) for k in ("mAP", "rank1") if k in m["metrics"]}
+    return front | measures | {"minutes": round(m["seconds"] / 60, 1), "date": m["finished"][:10],
+                               "categories": [p["dataset"], p["method"]], "skip_exec": True}
+
+def uncounted(outputs) -> list:
+    "Outputs without the count of their execution, as nbdev cleans notebooks."
+    for o in outputs:
+        if "execution_count" in o: o.execution_count = None
+    return merge_streams(outputs)
 
 # %% ../nbs/20_runs.ipynb #0055abcd
 def read_manifest(folder):
@@ -376,22 +501,47 @@ def ledger(folder=None) -> pd.DataFrame:
 # %% ../nbs/20_runs.ipynb #0059abcd
 def ledger_row(m) -> dict:
     "One row, from a manifest."
-    p, x, best = m["parameters"], m["metrics"], m.get("best_on_test") or {}
-    return {"name": m["name"], **{k: p[k] for k in ("dataset", "method", "seed")}, **x, "best_on_test": best.get("mAP"), "start": m.get("free", {}).get("start"),
-            "settings": json.dumps(p["settings"], sort_keys=True), "minutes": m["seconds"] / 60, "code": m["code"], "finished": m["finished"],
+    p, x, best, time = m["parameters"], m["metrics"], m.get("best_on_test") or {}, m.get("time", {})
+    minutes = lambda seconds: np.nan if seconds is None else seconds / 60
+    return {"name": m["name"], **{k: p[k] for k in ("dataset", "method", "seed")}, **x,
+            "best_on_test": best.get("mAP"), "start": m.get("free", {}).get("start"),
+            "settings": json.dumps(changed_settings(m), sort_keys=True),
+            "minutes": minutes(m["seconds"]), "cpu_minutes": minutes(time.get("cpu")),
+            "gpu_minutes": minutes(time.get("gpu")), "code": m["code"], "finished": m["finished"],
             "hardware": ", ".join(m["hardware"]["gpus"]) or f"{m['hardware']['cores']} CPU cores"}
+
+def add_cost(table) -> pd.DataFrame:
+    "The ledger with `cost` in minutes, and `clock`: one for all runs on a data set, that they know."
+    def clock(g):
+        if g.gpu_minutes.notna().all(): return "gpu"
+        return "cpu" if g.gpu_minutes.isna().all() and g.cpu_minutes.notna().all() else "wall"
+    clocks = {dataset: clock(g) for dataset, g in table.groupby("dataset")}
+    table = table.assign(clock=table.dataset.map(clocks))
+    named = {"gpu": table.gpu_minutes, "cpu": table.cpu_minutes, "wall": table.minutes}
+    return table.assign(cost=np.select([table.clock == c for c in named], list(named.values())))
 
 # %% ../nbs/20_runs.ipynb #0060abcd
 def results_table(table,          # from `ledger`
                   ) -> pd.DataFrame:
-    "Mean and standard deviation over seeds, in percent, for every data set, method and set of changed settings."
-    def cell(x): return "–" if x.isna().all() else f"{100 * x.mean():.1f}" + (f"\u00a0±\u00a0{100 * x.std():.1f}" if len(x) > 1 else "")
-    table = table.reindex(columns=table.columns.union(["mAP", "rank1"], sort=False))  # data without a test has neither
-    groups = table.groupby(["dataset", "method", "settings"])
-    out = [{"data set": d, "method": m + ("" if s == "{}" else f" {s}"), "runs": len(g), "mAP": cell(g.mAP), "rank-1": cell(g.rank1),
-            "best on test (mAP)": cell(g.best_on_test), "before training": cell(g.start), "minutes": f"{g.minutes.mean():.1f}", "hardware": g.hardware.iloc[0]}
+    "Mean and standard deviation over seeds, in percent: a row per data set, method and settings."
+    def cell(x):
+        if x.isna().all(): return "–"
+        return f"{100 * x.mean():.1f}" + (f"\u00a0±\u00a0{100 * x.std():.1f}" if len(x) > 1 else "")
+    def minutes(x): return f"{x.mean():.1f}" if x.notna().all() else "–"
+    wanted = ["mAP", "rank1", "cpu_minutes"]  # data without a test has neither of the first two
+    table = table.reindex(columns=table.columns.union(wanted, sort=False))
+    groups = sorted(table.groupby(["dataset", "method", "settings"]), key=listed_by)
+    out = [{"data set": d, "method": method_words(m, json.loads(s)), "runs": len(g),
+            "mAP": cell(g.mAP), "rank-1": cell(g.rank1), "best on test (mAP)": cell(g.best_on_test),
+            "before training": cell(g.start), "minutes": minutes(g.minutes),
+            "CPU minutes": minutes(g.cpu_minutes), "hardware": g.hardware.iloc[0]}
            for (d, m, s), g in groups]
     return pd.DataFrame(out)
+
+def listed_by(group):
+    "Data set by data set, the baseline first, each method first as it is."
+    (dataset, method, settings), _ = group
+    return dataset, method != "baseline", method, settings != "{}", settings
 
 # %% ../nbs/20_runs.ipynb #0062abcd
 def markdown_table(table) -> str:
@@ -414,7 +564,7 @@ def show_run(word, folder=None) -> str:
     (status, why), m = run_status(path), read_manifest(path)
     lines = [f"{path.name}: {status}" + (f" ({why})" if why else "")]
     if isinstance(m, dict):
-        shown = {k: m.get(k) for k in ("started", "finished", "parameters", "weights", "processes", "resumed_after", "data", "metrics", "best_on_test", "free", "seconds", "peak_memory_mb", "hardware")}
+        shown = {k: m.get(k) for k in ("title", "started", "finished", "parameters", "weights", "processes", "resumed_after", "data", "metrics", "best_on_test", "free", "seconds", "time", "peak_memory_mb", "hardware")}
         lines += [f"  {k:15s}{v if not isinstance(v, dict) else json.dumps(v)}" for k, v in shown.items() if v is not None]
     records = path / "metrics.jsonl"
     if records.exists(): lines += ["  " + epoch_line(json.loads(line)) for line in records.read_text().splitlines()]

@@ -36,7 +36,8 @@ class Preset:
     images: tuple[int, int] = (3, 4)    # fewest and most images of an identity in one camera
     distractors: int = 60               # gallery images of people who are never queried (pid 0000)
     size: tuple[int, int] = (128, 64)   # height, width in pixels
-    lookalike: float = 0.15             # share of identities that copy another's clothes, all but one part
+    # share of identities that copy another's clothes, all but one part
+    lookalike: float = 0.15
     occlusion: float = 0.4              # share of images with something in front of the person
     misalign: float = 1.1               # scale of the detector's box errors
     camera: float = 0.4                 # scale of the differences between cameras
@@ -45,12 +46,15 @@ class Preset:
 
 # %% ../nbs/02_synthetic.ipynb #0007abcd
 PRESETS = {
-    "synthetic-tiny": Preset("For tests: rendered in a second", 1, 16, 12, 4, 4, distractors=12, size=(64, 32)),
+    "synthetic-tiny": Preset("For tests: rendered in a second", 1, 16, 12, 4, 4,
+                             distractors=12, size=(64, 32)),
     "synthetic-small": Preset("The demo: trains in minutes on two cores", 2, 100, 60, 5, 5),
     "synthetic-large": Preset("For a GPU", 3, 1000, 500, 12, 6, distractors=1000, size=(256, 128)),
-    "synthetic-source": Preset("Another, labelled domain: the stand-in for ImageNet", 4, 150, 40, 6, 5, lookalike=0.0, occlusion=0.2,
+    "synthetic-source": Preset("Another, labelled domain: the stand-in for ImageNet",
+                               4, 150, 40, 6, 5, lookalike=0.0, occlusion=0.2,
                                misalign=0.7, camera=0.6, style="harbour"),
-    "synthetic-lookalike": Preset("Failure case: half of all people are look-alikes", 5, 100, 60, 5, 5, lookalike=0.5),
+    "synthetic-lookalike": Preset("Failure case: half of all people are look-alikes",
+                                  5, 100, 60, 5, 5, lookalike=0.5),
     "synthetic-cameras": Preset("Cameras that disagree strongly", 8, 100, 60, 5, 5, camera=0.8),
 }
 
@@ -59,7 +63,8 @@ def _rng(purpose: str,  # a four-letter word for what is drawn
          *key: int,     # non-negative: seed, split, identity, camera, image
          ) -> np.random.Generator:
     "A generator that depends on its key and on nothing else."
-    return np.random.default_rng(np.random.SeedSequence([VERSION, int.from_bytes(purpose.encode()[:4], "little"), *key]))
+    word = int.from_bytes(purpose.encode()[:4], "little")
+    return np.random.default_rng(np.random.SeedSequence([VERSION, word, *key]))
 
 # %% ../nbs/02_synthetic.ipynb #0015abcd
 class Piece(NamedTuple):
@@ -85,17 +90,22 @@ class Person(NamedTuple):
 # %% ../nbs/02_synthetic.ipynb #0017abcd
 STYLES = {
     "town": dict(
-        upper=[(28, 28, 32), (72, 74, 78), (140, 140, 143), (226, 226, 220), (34, 44, 86), (58, 94, 165), (150, 182, 212), (170, 38, 44),
-               (98, 34, 44), (48, 104, 66), (108, 108, 64), (198, 178, 140), (112, 76, 54), (220, 188, 66), (218, 138, 156), (106, 68, 134),
-               (214, 116, 48), (42, 124, 128)],
-        lower=[(26, 26, 30), (66, 68, 72), (64, 84, 126), (124, 146, 178), (32, 38, 70), (164, 144, 108), (136, 136, 138), (214, 212, 205),
-               (98, 70, 52), (94, 96, 62)],
-        bag=[(30, 30, 32), (120, 40, 40), (60, 80, 120), (150, 110, 70), (90, 95, 100), (200, 190, 170)],
-        ground=(128, 126, 122), wall=(150, 146, 140), tint=5, light=(0.8, 1.15), pitch=(0.05, 0.45)),
+        upper=[(28, 28, 32), (72, 74, 78), (140, 140, 143), (226, 226, 220), (34, 44, 86),
+               (58, 94, 165), (150, 182, 212), (170, 38, 44), (98, 34, 44), (48, 104, 66),
+               (108, 108, 64), (198, 178, 140), (112, 76, 54), (220, 188, 66), (218, 138, 156),
+               (106, 68, 134), (214, 116, 48), (42, 124, 128)],
+        lower=[(26, 26, 30), (66, 68, 72), (64, 84, 126), (124, 146, 178), (32, 38, 70),
+               (164, 144, 108), (136, 136, 138), (214, 212, 205), (98, 70, 52), (94, 96, 62)],
+        bag=[(30, 30, 32), (120, 40, 40), (60, 80, 120), (150, 110, 70), (90, 95, 100),
+             (200, 190, 170)],
+        ground=(128, 126, 122), wall=(150, 146, 140),
+        tint=5, light=(0.8, 1.15), pitch=(0.05, 0.45)),
     "harbour": dict(
-        upper=[(240, 120, 20), (250, 220, 60), (20, 150, 200), (120, 200, 80), (235, 60, 110), (170, 120, 220), (245, 245, 250),
-               (90, 60, 30), (10, 60, 60), (250, 170, 140), (60, 60, 160), (200, 230, 240)],
-        lower=[(30, 60, 130), (200, 60, 50), (230, 220, 190), (40, 100, 60), (100, 100, 110), (60, 30, 60), (20, 20, 20), (180, 150, 60)],
+        upper=[(240, 120, 20), (250, 220, 60), (20, 150, 200), (120, 200, 80), (235, 60, 110),
+               (170, 120, 220), (245, 245, 250), (90, 60, 30), (10, 60, 60), (250, 170, 140),
+               (60, 60, 160), (200, 230, 240)],
+        lower=[(30, 60, 130), (200, 60, 50), (230, 220, 190), (40, 100, 60), (100, 100, 110),
+               (60, 30, 60), (20, 20, 20), (180, 150, 60)],
         bag=[(220, 60, 40), (40, 120, 180), (240, 200, 60), (40, 40, 40)],
         ground=(96, 104, 112), wall=(88, 100, 116), tint=14, light=(0.55, 0.95), pitch=(0.3, 0.7)),
 }
@@ -109,33 +119,42 @@ KINDS = {"hair": (["short", "long", "bun", "none"], [.5, .28, .12, .1]),
          "shoes": (["shoes"], [1.]),
          "carried": (["none", "backpack", "handbag", "suitcase"], [.4, .28, .22, .1]),
          "hat": (["none", "cap", "beanie"], [.8, .12, .08])}
-PATTERNS = {"upper": (["plain", "stripes", "checks", "halves", "logo", "open"], [.34, .14, .08, .12, .16, .16]),
-            "lower": (["plain", "side", "checks"], [.8, .1, .1])}
+PATTERNS = {"upper": (["plain", "stripes", "checks", "halves", "logo", "open"],
+                      [.34, .14, .08, .12, .16, .16]),
+            "lower": (["plain", "side", "checks"],
+                      [.8, .1, .1])}
 
 def _palette(part: str, style: dict) -> list:
     "The colours a part may have."
     if part == "hair": return HAIRS
-    return style["bag"] if part in ("carried", "hat") else style["lower"] if part in ("lower", "shoes") else style["upper"]
+    if part in ("carried", "hat"): return style["bag"]
+    if part in ("lower", "shoes"): return style["lower"]
+    return style["upper"]
 
 def _piece(part: str, style: dict, rng: np.random.Generator) -> Piece:
     "Draw one piece: kind, pattern and two colours that differ, each a little off the palette."
     colours = _palette(part, style)
     first, second = rng.choice(len(colours), 2, replace=False)
-    wobble = lambda colour: tuple(int(v) for v in np.clip(np.array(colour) + rng.normal(0, 9, 3), 5, 250))
+    def wobble(colour):
+        return tuple(int(v) for v in np.clip(np.array(colour) + rng.normal(0, 9, 3), 5, 250))
     pattern = rng.choice(PATTERNS[part][0], p=PATTERNS[part][1]) if part in PATTERNS else "plain"
-    return Piece(str(rng.choice(KINDS[part][0], p=KINDS[part][1])), wobble(colours[first]), wobble(colours[second]), str(pattern))
+    kind = rng.choice(KINDS[part][0], p=KINDS[part][1])
+    return Piece(str(kind), wobble(colours[first]), wobble(colours[second]), str(pattern))
 
 @lru_cache(maxsize=4096)
 def _own_look(preset: Preset, split: int, pid: int) -> Person:
     "The person that an identity's own key gives, before any copying."
     rng, style = _rng("who", preset.seed, split, pid), STYLES[preset.style]
     pieces = {part: _piece(part, style, rng) for part in KINDS}
-    height, width, shoulders = np.clip(rng.normal(1, (.055, .13, .08)), (.88, .78, .85), (1.1, 1.35, 1.15))
-    return Person(float(height), float(width), float(shoulders), SKINS[rng.integers(len(SKINS))], **pieces)
+    build = rng.normal(1, (.055, .13, .08))
+    height, width, shoulders = np.clip(build, (.88, .78, .85), (1.1, 1.35, 1.15))
+    skin = SKINS[rng.integers(len(SKINS))]
+    return Person(float(height), float(width), float(shoulders), skin, **pieces)
 
 # %% ../nbs/02_synthetic.ipynb #0022abcd
 def is_lookalike(preset: Preset, pid: int) -> bool:
-    "Whether identity `pid` (0-based) copies somebody; exactly the share `preset.lookalike` does, evenly spread."
+    """Whether identity `pid` (0-based) copies somebody;
+    exactly the share `preset.lookalike` does, evenly spread."""
     return int((pid + 1) * preset.lookalike) > int(pid * preset.lookalike)
 
 # %% ../nbs/02_synthetic.ipynb #0024abcd
@@ -151,8 +170,10 @@ def identity(preset: Preset,
     if other == pid: return own
     copied = _own_look(preset, split, other)
     keep = _rng("part", preset.seed, split, pid).choice(["upper", "lower", "carried"])
-    if own.carried.kind == copied.carried.kind:  # so that keeping one's own bag makes a visible difference
-        own = own._replace(carried=own.carried._replace(kind="backpack" if own.carried.kind == "none" else "none"))
+    if own.carried.kind == copied.carried.kind:
+        # so that keeping one's own bag makes a visible difference
+        kind = "backpack" if own.carried.kind == "none" else "none"
+        own = own._replace(carried=own.carried._replace(kind=kind))
     return own._replace(**{part: getattr(copied, part) for part in CLOTHES if part != keep})
 
 # %% ../nbs/02_synthetic.ipynb #0027abcd
@@ -162,14 +183,17 @@ def _walk(person: Person, phase: float) -> dict[str, np.ndarray]:
     joints = {"head": (0, .925, .01), "neck": (0, .845, 0), "chest": (0, .72, 0), "hip": (0, .5, 0)}
     for side, sign in (("left", 1), ("right", -1)):
         leg, arm = sign * swing, -.8 * sign * swing
-        bend = .5 * max(0., np.sin(phase + 2.2 + (0 if sign > 0 else np.pi)))  # the knee of the leg that is lifted
-        hip, shoulder = np.array([.052 * sign * wide, .5, 0]), np.array([.115 * sign * person.shoulders * wide, .805, 0])
+        swings = phase + 2.2 + (0 if sign > 0 else np.pi)
+        bend = .5 * max(0., np.sin(swings))  # the knee of the leg that is lifted
+        hip = np.array([.052 * sign * wide, .5, 0])
+        shoulder = np.array([.115 * sign * person.shoulders * wide, .805, 0])
         knee = hip + [0, -.235 * np.cos(leg), .235 * np.sin(leg)]
         ankle = knee + [0, -.225 * np.cos(leg - bend), .225 * np.sin(leg - bend)]
         elbow = shoulder + [.02 * sign, -.165 * np.cos(arm), .165 * np.sin(arm)]
         hand = elbow + [.005 * sign, -.16 * np.cos(arm + .25), .16 * np.sin(arm + .25)]
-        joints |= {f"{side} {name}": joint for name, joint in
-                   dict(hip=hip, knee=knee, ankle=ankle, toe=ankle + [0, -.02, .06], shoulder=shoulder, elbow=elbow, hand=hand).items()}
+        limbs = dict(hip=hip, knee=knee, ankle=ankle, toe=ankle + [0, -.02, .06],
+                     shoulder=shoulder, elbow=elbow, hand=hand)
+        joints |= {f"{side} {name}": joint for name, joint in limbs.items()}
     return {name: np.asarray(joint, float) * person.height for name, joint in joints.items()}
 
 # %% ../nbs/02_synthetic.ipynb #0029abcd
@@ -188,15 +212,21 @@ def skeleton(person: Person,
 
 # %% ../nbs/02_synthetic.ipynb #0034abcd
 class Brush:
-    "Draws on a transparent layer in body units: x to the right, y up from where the feet stand, 1 = an average person."
+    """Draws on a transparent layer in body units:
+    x to the right, y up from where the feet stand, 1 = an average person."""
     def __init__(self, size,           # (height, width) of the layer in pixels
                  feet=(.5, .95),       # where the feet stand, in parts of (width, height)
                  unit=.88):            # how high an average person is, in parts of the height
         self.layer = Image.new("RGBA", (size[1], size[0]), (0, 0, 0, 0))
-        self.draw, self.feet, self.unit = ImageDraw.Draw(self.layer), (feet[0] * size[1], feet[1] * size[0]), unit * size[0]
-    def at(self, point): return (self.feet[0] + point[0] * self.unit, self.feet[1] - point[1] * self.unit)
-    def polygon(self, points, colour): self.draw.polygon([self.at(p) for p in points], fill=tuple(colour))
-    def box(self, x0, x1, y0, y1, colour): self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour)
+        self.draw = ImageDraw.Draw(self.layer)
+        self.feet = feet[0] * size[1], feet[1] * size[0]
+        self.unit = unit * size[0]
+    def at(self, point):
+        return self.feet[0] + point[0] * self.unit, self.feet[1] - point[1] * self.unit
+    def polygon(self, points, colour):
+        self.draw.polygon([self.at(p) for p in points], fill=tuple(colour))
+    def box(self, x0, x1, y0, y1, colour):
+        self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], colour)
     def ellipse(self, centre, rx, ry, colour):
         (x, y), rx, ry = self.at(centre), rx * self.unit, ry * self.unit
         self.draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=tuple(colour))
@@ -214,24 +244,28 @@ def _dim(colour, factor: float) -> tuple:
 
 def _half_width(person: Person, facing: float, front: float, side: float) -> float:
     "Half the width of an elliptic body section, `front` by `side`, seen from `facing`."
-    return person.width * person.height * float(np.hypot(front * np.cos(facing), side * np.sin(facing)))
+    section = np.hypot(front * np.cos(facing), side * np.sin(facing))
+    return person.width * person.height * float(section)
 
 # %% ../nbs/02_synthetic.ipynb #0038abcd
 def _leg(brush: Brush, person: Person, body: dict, side: str, light: float):
     "One leg: skin or cloth, the stripe down its side, the shoe."
     hip, knee, ankle, toe = (body[f"{side} {joint}"] for joint in ("hip", "knee", "ankle", "toe"))
-    w, kind, skin, cloth = .5 + .5 * person.width, person.lower.kind, _dim(person.skin, light), _dim(person.lower.colour, light)
+    w, kind = .5 + .5 * person.width, person.lower.kind
+    skin, cloth = _dim(person.skin, light), _dim(person.lower.colour, light)
     brush.limb(knee, ankle, .036 * w, .024 * w, cloth if kind == "trousers" else skin)
     brush.limb(hip, knee, .054 * w, .038 * w, skin if kind == "skirt" else cloth)
     if kind == "shorts": brush.limb(hip, hip + .85 * (knee - hip), .058 * w, .052 * w, cloth)
     if person.lower.pattern == "side" and kind != "skirt":
-        brush.limb(hip, ankle if kind == "trousers" else knee, .012, .01, _dim(person.lower.second, light))
+        end = ankle if kind == "trousers" else knee
+        brush.limb(hip, end, .012, .01, _dim(person.lower.second, light))
     brush.limb(ankle, toe, .024, .02, _dim(person.shoes.colour, light))
 
 def _arm(brush: Brush, person: Person, body: dict, side: str, light: float):
     "One arm: a sleeve to the wrist, or to above the elbow, and the hand."
     shoulder, elbow, hand = (body[f"{side} {joint}"] for joint in ("shoulder", "elbow", "hand"))
-    w, short, skin, sleeve = .5 + .5 * person.width, person.upper.kind == "tee", _dim(person.skin, light), _dim(person.upper.colour, light)
+    w, short = .5 + .5 * person.width, person.upper.kind == "tee"
+    skin, sleeve = _dim(person.skin, light), _dim(person.upper.colour, light)
     brush.limb(elbow, hand, .026 * w, .019 * w, skin if short else sleeve)
     brush.limb(shoulder, elbow, .036 * w, .029 * w, sleeve)
     if short: brush.limb(shoulder + .62 * (elbow - shoulder), elbow, .029 * w, .026 * w, skin)
@@ -246,11 +280,16 @@ def _cloth(brush: Brush, piece: Piece, bottom: float, top: float, facing: float)
     if piece.pattern in ("stripes", "checks"):
         for y in np.arange(bottom, top, .062): sheet.box(-.5, .5, y, y + .028, piece.second)
     if piece.pattern == "checks":
-        for x in np.arange(-.3, .3, .07): sheet.box(x + shift, x + shift + .03, bottom - .1, top, piece.second)
-    if piece.pattern == "halves": sheet.box(-.5, .5, bottom - .1, bottom + .42 * (top - bottom), piece.second)
-    if piece.pattern == "logo" and front > .25: sheet.ellipse((shift, top - .11), .045, .035, piece.second)
-    if piece.pattern == "logo" and front < -.25: sheet.ellipse((-shift, top - .15), .07, .055, piece.second)
-    if piece.pattern == "open" and front > -.1: sheet.box(shift - .034, shift + .034, bottom - .1, top + .1, piece.second)
+        for x in np.arange(-.3, .3, .07):
+            sheet.box(x + shift, x + shift + .03, bottom - .1, top, piece.second)
+    if piece.pattern == "halves":
+        sheet.box(-.5, .5, bottom - .1, bottom + .42 * (top - bottom), piece.second)
+    if piece.pattern == "logo" and front > .25:
+        sheet.ellipse((shift, top - .11), .045, .035, piece.second)
+    if piece.pattern == "logo" and front < -.25:
+        sheet.ellipse((-shift, top - .15), .07, .055, piece.second)
+    if piece.pattern == "open" and front > -.1:
+        sheet.box(shift - .034, shift + .034, bottom - .1, top + .1, piece.second)
     return sheet.layer
 
 def _garment(brush: Brush, piece: Piece, outline: list, bottom: float, top: float, facing: float):
@@ -259,7 +298,8 @@ def _garment(brush: Brush, piece: Piece, outline: list, bottom: float, top: floa
     if piece.pattern in ("plain", "side"): return
     cloth, mask = _cloth(brush, piece, bottom, top, facing), Image.new("L", brush.layer.size, 0)
     ImageDraw.Draw(mask).polygon([brush.at(p) for p in outline], fill=255)
-    brush.layer.paste(cloth, (0, 0), Image.composite(cloth.getchannel("A"), Image.new("L", mask.size), mask))
+    visible = Image.composite(cloth.getchannel("A"), Image.new("L", mask.size), mask)
+    brush.layer.paste(cloth, (0, 0), visible)
 
 # %% ../nbs/02_synthetic.ipynb #0042abcd
 def _lower(brush: Brush, person: Person, body: dict, facing: float):
@@ -268,16 +308,20 @@ def _lower(brush: Brush, person: Person, body: dict, facing: float):
     waist, seat = _half_width(person, facing, .088, .072), _half_width(person, facing, .1, .085)
     if person.lower.kind != "skirt": return brush.ellipse(hip, seat, .05 * h, person.lower.colour)
     hem = hip - [0, .2 * h]
-    outline = [hip + [-waist, .05], hip + [waist, .05], hem + [1.25 * seat, 0], hem - [1.25 * seat, 0]]
+    outline = [hip + [-waist, .05], hip + [waist, .05],
+               hem + [1.25 * seat, 0], hem - [1.25 * seat, 0]]
     _garment(brush, person.lower, outline, hem[1], hip[1] + .05, facing)
 
 def _upper(brush: Brush, person: Person, body: dict, facing: float):
     "The upper garment, from the shoulders to its hem; a coat reaches down the thighs."
-    hip, top, h, coat = body["hip"][:2], body["neck"][:2] - [0, .015], person.height, person.upper.kind == "coat"
-    shoulder, waist = _half_width(person, facing, .118 * person.shoulders, .075), _half_width(person, facing, .088, .072)
+    hip, top, h = body["hip"][:2], body["neck"][:2] - [0, .015], person.height
+    coat = person.upper.kind == "coat"
+    shoulder = _half_width(person, facing, .118 * person.shoulders, .075)
+    waist = _half_width(person, facing, .088, .072)
     seat = _half_width(person, facing, .1, .085) * (1.12 if coat else 1.03)
     hem, middle = hip - [0, (.17 if coat else .025) * h], hip + [0, .13 * h]
-    half = [top + [.35 * shoulder, .02], top + [.85 * shoulder, -.012], top + [shoulder, -.05], middle + [waist, 0], hem + [seat, 0]]
+    half = [top + [.35 * shoulder, .02], top + [.85 * shoulder, -.012], top + [shoulder, -.05],
+            middle + [waist, 0], hem + [seat, 0]]
     other = [np.array([2 * hip[0] - x, y]) for x, y in half[::-1]]
     _garment(brush, person.upper, half + other, hem[1], top[1], facing)
 
@@ -289,19 +333,27 @@ def _head(brush: Brush, person: Person, body: dict, facing: float):
     brush.limb(neck, head, .032, .03, _dim(person.skin, .9))
     if hair.kind == "long" and front > 0:  # falls beside the face
         for x in (-.044 * front, .044 * front):
-            brush.limb(head + [x - .03 * turn, .01], head + [x - .035 * turn, -.085], .02, .015, hair.colour)
+            brush.limb(head + [x - .03 * turn, .01], head + [x - .035 * turn, -.085],
+                       .02, .015, hair.colour)
     brush.ellipse(head, rx, ry, person.skin)
     if hair.kind != "none":
-        brush.ellipse(head + [-.016 * turn, .022 if front > 0 else .01], 1.06 * rx, ry * (.72 if front > 0 else .95), hair.colour)
-        if front > -.2: brush.ellipse(head + [.022 * turn, -.016], rx * (.82 - .2 * abs(turn)), .68 * ry, person.skin)
-    if hair.kind == "bun": brush.ellipse(head + [-.045 * turn, .055 if abs(turn) < .5 else .03], .026, .026, hair.colour)
-    if hair.kind == "long" and front < .1: brush.ellipse(head + [-.02 * turn, -.04], 1.05 * rx, 1.35 * ry, hair.colour)
+        crown, height = (.022, .72) if front > 0 else (.01, .95)
+        brush.ellipse(head + [-.016 * turn, crown], 1.06 * rx, ry * height, hair.colour)
+        if front > -.2:
+            face = rx * (.82 - .2 * abs(turn))
+            brush.ellipse(head + [.022 * turn, -.016], face, .68 * ry, person.skin)
+    if hair.kind == "bun":
+        bun = head + [-.045 * turn, .055 if abs(turn) < .5 else .03]
+        brush.ellipse(bun, .026, .026, hair.colour)
+    if hair.kind == "long" and front < .1:
+        brush.ellipse(head + [-.02 * turn, -.04], 1.05 * rx, 1.35 * ry, hair.colour)
 
 def _hat(brush: Brush, person: Person, body: dict, facing: float):
     "A beanie, or a cap with its peak."
     head, hat, turn = body["head"][:2], person.hat, np.sin(facing)
     if hat.kind != "none": brush.ellipse(head + [0, .036], .056, .038, hat.colour)
-    if hat.kind == "cap" and np.cos(facing) > -.3: brush.ellipse(head + [.05 * turn, .018], .05, .012, _dim(hat.colour, .8))
+    if hat.kind == "cap" and np.cos(facing) > -.3:
+        brush.ellipse(head + [.05 * turn, .018], .05, .012, _dim(hat.colour, .8))
 
 # %% ../nbs/02_synthetic.ipynb #0046abcd
 def _backpack(brush: Brush, bag: Piece, body: dict, facing: float, behind: bool):
@@ -311,13 +363,16 @@ def _backpack(brush: Brush, bag: Piece, body: dict, facing: float, behind: bool)
     if behind: return
     if front < 0 and abs(turn) < .8: brush.ellipse(centre - [0, .035], .035, .035, bag.second)
     if front >= 0:
-        for x in (-.058 * front, .058 * front): brush.limb(chest + [x - .02 * turn, .09], chest + [x, -.07], .011, .011, bag.colour)
+        for x in (-.058 * front, .058 * front):
+            brush.limb(chest + [x - .02 * turn, .09], chest + [x, -.07], .011, .011, bag.colour)
 
 def _handbag(brush: Brush, bag: Piece, body: dict, facing: float, behind: bool):
     if behind != (body["right hip"][2] < -.02): return
     x, y = body["right hip"][:2] - [.07 * np.cos(facing), .01]
     brush.limb(body["left shoulder"], (x, y), .008, .008, _dim(bag.colour, .8))
-    brush.polygon([(x - .055, y + .03), (x + .055, y + .03), (x + .065, y - .075), (x - .065, y - .075)], bag.colour)
+    outline = [(x - .055, y + .03), (x + .055, y + .03),
+               (x + .065, y - .075), (x - .065, y - .075)]
+    brush.polygon(outline, bag.colour)
 
 def _suitcase(brush: Brush, bag: Piece, body: dict, facing: float, behind: bool):
     hand = body["left hand"]
@@ -327,14 +382,16 @@ def _suitcase(brush: Brush, bag: Piece, body: dict, facing: float, behind: bool)
     brush.box(x - .075, x + .075, y, y + .25, bag.colour)
     brush.box(x - .075, x + .075, y + .11, y + .14, _dim(bag.colour, .7))
 
-CARRIED = {"backpack": _backpack, "handbag": _handbag, "suitcase": _suitcase, "none": lambda *_: None}
+CARRIED = {"backpack": _backpack, "handbag": _handbag, "suitcase": _suitcase,
+           "none": lambda *_: None}
 
 # %% ../nbs/02_synthetic.ipynb #0048abcd
 def draw_person(brush: Brush, person: Person,
                 facing: float, phase: float, pitch: float = 0.2):  # as in `skeleton`
     "A clothed, walking person, painted from far to near."
     body, bag = skeleton(person, facing, phase, pitch), person.carried
-    far, near = ("left", "right") if body["left hip"][2] < body["right hip"][2] else ("right", "left")
+    left_is_far = body["left hip"][2] < body["right hip"][2]
+    far, near = ("left", "right") if left_is_far else ("right", "left")
     ground = (body["left ankle"][1] + body["right ankle"][1]) / 2 - .03
     brush.ellipse((0, ground), .17 * person.width, .03 + .04 * np.sin(pitch), (20, 20, 24, 110))
     CARRIED[bag.kind](brush, bag, body, facing, True)
@@ -364,10 +421,12 @@ class Camera(NamedTuple):
 
 @lru_cache(maxsize=256)
 def camera(preset: Preset, cam: int) -> Camera:
-    "Camera `cam` (0-based) of a set; `preset.camera` scales how far its colours stray from neutral."
+    """Camera `cam` (0-based) of a set;
+    `preset.camera` scales how far its colours stray from neutral."""
     rng, style, far = _rng("cam", preset.seed, cam), STYLES[preset.style], preset.camera
     gain = np.exp(far * (rng.normal(0, .05, 3) + rng.normal(0, .12))) * rng.uniform(*style["light"])
-    return Camera(pitch=rng.uniform(*style["pitch"]), walk=rng.uniform(0, 2 * np.pi), light=rng.uniform(-1, 1), gain=gain,
+    return Camera(pitch=rng.uniform(*style["pitch"]), walk=rng.uniform(0, 2 * np.pi),
+                  light=rng.uniform(-1, 1), gain=gain,
                   gamma=float(np.exp(far * rng.normal(0, .2))), cast=far * rng.normal(0, 4.5, 3),
                   saturation=float(np.clip(1 + far * rng.normal(-.15, .2), .25, 1.4)),
                   blur=rng.uniform(.1, .8), resolution=rng.uniform(.4, .9), noise=rng.uniform(2, 7))
@@ -378,32 +437,47 @@ def _tone(base: tuple, spread: float, rng: np.random.Generator, tint: float) -> 
     grey = np.array(base) * rng.uniform(.75, 1.2) + rng.normal(0, .3 * spread)
     return tuple(int(v) for v in np.clip(grey + rng.normal(0, .5 * tint, 3), 20, 235))
 
-def _ground(draw: ImageDraw.ImageDraw, w: int, h: int, horizon: int, tone, rng: np.random.Generator):
+def _ground(draw: ImageDraw.ImageDraw, w: int, h: int, horizon: int, tone,
+            rng: np.random.Generator):
     "Paving: rows of slabs and lines that run to the horizon."
-    for y in np.cumsum(rng.uniform(.05, .16, 12) * h) + horizon: draw.line((0, y, w, y), fill=tone(10), width=max(1, h // 90))
+    for y in np.cumsum(rng.uniform(.05, .16, 12) * h) + horizon:
+        draw.line((0, y, w, y), fill=tone(10), width=max(1, h // 90))
     for x in range(-w, 2 * w, max(4, w // int(rng.integers(10, 22)))):
-        draw.line((x, horizon, 1.8 * (x - w / 2) + w / 2, 1.2 * h), fill=tone(10), width=max(1, h // 120))
+        draw.line((x, horizon, 1.8 * (x - w / 2) + w / 2, 1.2 * h),
+                  fill=tone(10), width=max(1, h // 120))
 
-def _buildings(draw: ImageDraw.ImageDraw, w: int, h: int, horizon: int, tone, rng: np.random.Generator):
+def _buildings(draw: ImageDraw.ImageDraw, w: int, h: int, horizon: int, tone,
+               rng: np.random.Generator):
     "Walls side by side, each with windows, posts, a tree or a parked car."
     x = 0
     while x < w:
         step, what = int(rng.uniform(.25, .7) * h), rng.integers(4)
         draw.rectangle((x, 0, x + step, horizon), fill=tone(60))
         for wx in range(x + step // 8, x + step - step // 6, max(3, step // 3)):
-            if what == 0: draw.rectangle((wx, .15 * horizon, wx + step // 5, .75 * horizon), fill=tone(22, (85, 90, 98)))
-            if what == 1: draw.rectangle((wx, .3 * horizon, wx + step // 12, horizon), fill=tone(22, (100, 95, 90)))
-        if what == 2: draw.ellipse((x, -.3 * horizon, x + step, 1.05 * horizon), fill=tone(22, (88, 100, 84)))
-        if what == 3: draw.rounded_rectangle((x + 2, .72 * horizon, x + .95 * step, 1.1 * horizon), h // 25, fill=tone(90, (130, 130, 134)))
+            if what == 0:
+                window = (wx, .15 * horizon, wx + step // 5, .75 * horizon)
+                draw.rectangle(window, fill=tone(22, (85, 90, 98)))
+            if what == 1:
+                post = (wx, .3 * horizon, wx + step // 12, horizon)
+                draw.rectangle(post, fill=tone(22, (100, 95, 90)))
+        if what == 2:
+            tree = (x, -.3 * horizon, x + step, 1.05 * horizon)
+            draw.ellipse(tree, fill=tone(22, (88, 100, 84)))
+        if what == 3:
+            car = (x + 2, .72 * horizon, x + .95 * step, 1.1 * horizon)
+            draw.rounded_rectangle(car, h // 25, fill=tone(90, (130, 130, 134)))
         x += step
 
+# %% ../nbs/02_synthetic.ipynb #0acf724c
 @lru_cache(maxsize=64)
 def scene(preset: Preset, cam: int) -> Image.Image:
     "The street that camera `cam` looks at, drawn at twice the final size."
-    rng, style, (h, w) = _rng("scen", preset.seed, cam), STYLES[preset.style], (2 * preset.size[0], 8 * preset.size[1])
+    rng, style = _rng("scen", preset.seed, cam), STYLES[preset.style]
+    h, w = 2 * preset.size[0], 8 * preset.size[1]
     tone = lambda part: lambda spread, base=style[part]: _tone(base, spread, rng, style["tint"])
     image = Image.new("RGB", (w, int(1.2 * h)), tone("ground")(22))
-    draw, horizon = ImageDraw.Draw(image), int(h * np.clip(.75 - 1.25 * camera(preset, cam).pitch, .1, .7))
+    draw = ImageDraw.Draw(image)
+    horizon = int(h * np.clip(.75 - 1.25 * camera(preset, cam).pitch, .1, .7))
     _ground(draw, w, h, horizon, tone("ground"), rng)
     _buildings(draw, w, h, horizon, tone("wall"), rng)
     return image
@@ -412,7 +486,8 @@ def scene(preset: Preset, cam: int) -> Image.Image:
 def _respond(image: np.ndarray, view: Camera, exposure: float) -> np.ndarray:
     "Saturation, gain, gamma and cast; h x w x 3 floats in 0..255."
     grey = image.mean(2, keepdims=True)
-    image = np.clip((grey + view.saturation * (image - grey)) * (view.gain * exposure).astype(np.float32) / 255, 0, 1)
+    image = grey + view.saturation * (image - grey)
+    image = np.clip(image * (view.gain * exposure).astype(np.float32) / 255, 0, 1)
     return np.clip(255 * image ** view.gamma + view.cast.astype(np.float32), 0, 255)
 
 def photograph(image: np.ndarray,  # h x w x 3 floats, 0..255: the light that arrives
@@ -422,7 +497,8 @@ def photograph(image: np.ndarray,  # h x w x 3 floats, 0..255: the light that ar
     seen = Image.fromarray(_respond(image, view, np.exp(rng.normal(0, .06))).astype(np.uint8))
     seen = seen.filter(ImageFilter.GaussianBlur(view.blur * h / 128))
     shrink = min(1., view.resolution * rng.uniform(.8, 1.1))
-    seen = seen.resize((max(8, int(w * shrink)), max(16, int(h * shrink))), Image.BILINEAR).resize((w, h), Image.BICUBIC)
+    small = max(8, int(w * shrink)), max(16, int(h * shrink))
+    seen = seen.resize(small, Image.BILINEAR).resize((w, h), Image.BICUBIC)
     image = np.asarray(seen, np.float32) + view.noise * rng.standard_normal((h, w, 1), np.float32)
     return np.clip(image, 0, 255).astype(np.uint8)
 
@@ -447,14 +523,17 @@ def _bush(brush, x, top, colour, rng):
         brush.ellipse(leaves, .09, .07, _dim((70, 84, 62), rng.uniform(.7, 1.3)))
 
 def _bike(brush, x, top, colour, rng):
-    rear, front, saddle, crank, head = [np.array(p) + (x, 0) for p in ((-.17, .12), (.17, .12), (-.05, .34), (.03, .12), (.12, .34))]
+    joints = (-.17, .12), (.17, .12), (-.05, .34), (.03, .12), (.12, .34)
+    rear, front, saddle, crank, head = [np.array(p) + (x, 0) for p in joints]
     for wheel in (rear, front):
         corners = (*brush.at(wheel + [-.14, .14]), *brush.at(wheel + [.14, -.14]))
         brush.draw.ellipse(corners, outline=colour, width=max(1, int(.03 * brush.unit)))
-    for a, b in ((rear, saddle), (saddle, head), (head, front), (saddle, crank), (crank, head), (head, head + [0, .1])):
+    for a, b in ((rear, saddle), (saddle, head), (head, front),
+                 (saddle, crank), (crank, head), (head, head + [0, .1])):
         brush.limb(a, b, .014, .014, colour)
 
-OCCLUDERS = {"bollard": _bollard, "bike": _bike, "bush": _bush, "car": _car, "bench": _bench, "post": _post}
+OCCLUDERS = {"bollard": _bollard, "bike": _bike, "bush": _bush,
+             "car": _car, "bench": _bench, "post": _post}
 
 def occlude(brush: Brush, rng: np.random.Generator,
             what: str | None = None):  # a key of OCCLUDERS; drawn when None
@@ -466,16 +545,19 @@ def occlude(brush: Brush, rng: np.random.Generator,
 # %% ../nbs/02_synthetic.ipynb #0073abcd
 def _box_error(rng: np.random.Generator, misalign: float) -> tuple[float, float, float]:
     "Shift of the feet in x and y (parts of the image) and the zoom of one detection."
-    zoom, (dx, dy), kind = np.exp(misalign * rng.normal(0, .1)), misalign * rng.normal(0, (.09, .035)), rng.random()
+    zoom = np.exp(misalign * rng.normal(0, .1))
+    (dx, dy), kind = misalign * rng.normal(0, (.09, .035)), rng.random()
     if kind < .12 * misalign: dy, zoom = dy + .22, 1.22 * zoom   # legs cut off
     elif kind < .18 * misalign: dy, zoom = dy - .1, 1.1 * zoom   # head cut off
     elif kind < .26 * misalign: zoom = .78 * zoom                # a loose box
     return float(dx), float(dy), float(zoom)
 
 # %% ../nbs/02_synthetic.ipynb #0076abcd
-def _person_layer(preset: Preset, split: int, pid: int, cam: int, rng: np.random.Generator) -> tuple[np.ndarray, Image.Image]:
+def _person_layer(preset: Preset, split: int, pid: int, cam: int, rng: np.random.Generator
+                  ) -> tuple[np.ndarray, Image.Image]:
     "A pedestrian as h x w x 4 floats, and the piece of street behind."
-    (h, w), view, track = preset.size, camera(preset, cam), _rng("walk", preset.seed, split, pid, cam)
+    (h, w), view = preset.size, camera(preset, cam)
+    track = _rng("walk", preset.seed, split, pid, cam)
     facing = view.walk + np.pi * (track.random() < .4) + track.normal(0, .35) + rng.normal(0, .15)
     dx, dy, zoom = _box_error(rng, preset.misalign * (2 if split == 2 else 1))
     brush = Brush((2 * h, 2 * w), (.5 + dx, .95 + dy), .88 * zoom)
@@ -483,9 +565,11 @@ def _person_layer(preset: Preset, split: int, pid: int, cam: int, rng: np.random
     if rng.random() < preset.occlusion: occlude(brush, rng)
     x = int(np.clip(track.uniform(0, 6 * w) + rng.normal(0, .25 * w), 0, 6 * w))
     y = int(np.clip(.1 * h * (1 + 2 * dy), 0, .39 * h))
-    return np.asarray(brush.layer.reduce(2), np.float32), scene(preset, cam).crop((x, y, x + 2 * w, y + 2 * h)).reduce(2)
+    behind = scene(preset, cam).crop((x, y, x + 2 * w, y + 2 * h)).reduce(2)
+    return np.asarray(brush.layer.reduce(2), np.float32), behind
 
-DRAW = {"person": _person_layer}  # kind -> foreground and background of one image; another kind of object is one more entry
+# kind -> foreground and background of one image; another kind of object is one more entry
+DRAW = {"person": _person_layer}
 
 # %% ../nbs/02_synthetic.ipynb #0078abcd
 def render(preset: Preset,
@@ -495,9 +579,11 @@ def render(preset: Preset,
            k: int,      # 0-based number of the image of this identity in this camera
            ) -> Image.Image:
     "One image of a set; depends on its arguments and on nothing else."
-    rng, view, (h, w) = _rng("shot", preset.seed, split, pid, cam, k), camera(preset, cam), preset.size
+    rng, view = _rng("shot", preset.seed, split, pid, cam, k), camera(preset, cam)
+    h, w = preset.size
     front, back = DRAW[preset.kind](preset, split, pid, cam, rng)
-    folds = np.asarray(Image.fromarray(rng.normal(1, .1, (10, 5)).astype(np.float32)).resize((w, h), Image.BICUBIC))
+    folds = Image.fromarray(rng.normal(1, .1, (10, 5)).astype(np.float32))
+    folds = np.asarray(folds.resize((w, h), Image.BICUBIC))
     shade = folds * (1 + .28 * view.light * np.linspace(-1, 1, w, dtype=np.float32))
     alpha = front[..., 3:] / 255
     light = np.asarray(back, np.float32) * (1 - alpha) + front[..., :3] * alpha * shade[..., None]
@@ -516,7 +602,9 @@ def _images_of(preset: Preset, split: int, pid: int) -> list[tuple[int, int]]:
 def _file_of(preset: Preset, split: int, pid: int, cam: int, k: int) -> str:
     "Folder and file name of an image."
     shown = (pid + 1, pid + 1 + preset.train_ids, 0)[split]
-    folder = "bounding_box_train" if split == 0 else "query" if split == 1 and k == 0 else "bounding_box_test"
+    folder = "bounding_box_test"
+    if split == 0: folder = "bounding_box_train"
+    elif split == 1 and k == 0: folder = "query"
     frame = int(_rng("time", preset.seed, split, pid, cam).integers(900_000)) + 7 * k
     return f"{folder}/{shown:04d}_c{cam + 1}s1_{frame:06d}_{k:02d}.jpg"
 
@@ -536,30 +624,38 @@ def _render_all(preset: Preset, folder: Path, workers: int | None, title: str) -
     sizes = (preset.train_ids, preset.test_ids, preset.distractors)
     jobs = [(str(folder), preset, split, pid) for split, n in enumerate(sizes) for pid in range(n)]
     workers = workers or (cpu_count() if len(jobs) >= 100 else 1)
-    bar = lambda done: tqdm(done, total=len(jobs), desc=title, unit="id", leave=False, disable=len(jobs) < 100)
+    def bar(done):
+        return tqdm(done, total=len(jobs), desc=title, unit="id",
+                    leave=False, disable=len(jobs) < 100)
     if workers == 1: names = [name for done in bar(map(_write_identity, jobs)) for name in done]
     else:
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            names = [name for done in bar(pool.map(_write_identity, jobs, chunksize=4)) for name in done]
-    if len(set(names)) != len(names): raise ValueError(f"{title}: {len(names) - len(set(names))} file names occur twice; use another seed")
+            parts = bar(pool.map(_write_identity, jobs, chunksize=4))
+            names = [name for done in parts for name in done]
+    twice = len(names) - len(set(names))
+    if twice: raise ValueError(f"{title}: {twice} file names occur twice; use another seed")
     return {part: sum(name.startswith(part + "/") for name in names) for part in FOLDERS}
 
 # %% ../nbs/02_synthetic.ipynb #0086abcd
 def _card(name: str, preset: Preset) -> dict:
     "What decides the bytes of a set."
-    return json.loads(json.dumps({"name": name, "version": VERSION, "seed": preset.seed, "parameters": dataclasses.asdict(preset)}))
+    card = {"name": name, "version": VERSION, "seed": preset.seed,
+            "parameters": dataclasses.asdict(preset)}
+    return json.loads(json.dumps(card))
 
 def _is_ready(target: Path, card: dict) -> bool:
     "Whether `target` holds the set that `card` describes, complete."
     try: found = json.loads((target / "card.json").read_text())
     except (OSError, ValueError): return False
     if any(found.get(key) != value for key, value in card.items()): return False
-    return all((target / part).is_dir() and len(os.listdir(target / part)) == n for part, n in found["counts"].items())
+    def whole(part, n): return (target / part).is_dir() and len(os.listdir(target / part)) == n
+    return all(whole(part, n) for part, n in found["counts"].items())
 
 # %% ../nbs/02_synthetic.ipynb #0088abcd
 def _publish(temporary: Path, target: Path, card: dict):
-    "Give a finished folder its name; an older set of that name makes room, another process that was quicker wins."
+    """Give a finished folder its name; an older set of that name makes room,
+    another process that was quicker wins."""
     old = temporary / "old"
     if target.exists(): os.rename(target, old)
     try: os.rename(temporary / "set", target)
@@ -570,22 +666,29 @@ def make(name: str,                   # a key of PRESETS
          root=None,                   # data root; see `reidbook.data.data_root`
          workers: int | None = None,  # processes; None: all cores
          ) -> Path:                   # the folder of the set
-    "Write the set `name` below the data root in Market-1501 layout; returns at once when it is there already. ValueError for an unknown name, or a folder of that name that was not made here."
-    if name not in PRESETS: raise ValueError(f"no synthetic set is called {name!r}; there are {', '.join(PRESETS)}")
+    """Write the set `name` below the data root in Market-1501 layout;
+    returns at once when it is there already.
+    ValueError for an unknown name, or a folder of that name that was not made here."""
+    if name not in PRESETS:
+        raise ValueError(f"no synthetic set is called {name!r}; there are {', '.join(PRESETS)}")
     preset, target = PRESETS[name], data_root(root) / name
     card = _card(name, preset)
-    if preset.kind not in DRAW: raise ValueError(f"{name}: nothing draws {preset.kind!r}; there are {', '.join(DRAW)}")
+    if preset.kind not in DRAW:
+        raise ValueError(f"{name}: nothing draws {preset.kind!r}; there are {', '.join(DRAW)}")
     if _is_ready(target, card): return target
     if target.exists():
         if not (target / "card.json").is_file():
-            raise ValueError(f"{target} exists but holds no card.json, so it was not made here: move it away first")
-        print(f"{name}: the set on disk was made by another version or is incomplete; making it again")
+            raise ValueError(f"{target} exists but holds no card.json, so it was not made here: "
+                             "move it away first")
+        print(f"{name}: the set on disk was made by another version or is incomplete; "
+              "making it again")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     try:
         (temporary / "set").mkdir()
         counts = _render_all(preset, temporary / "set", workers, name)
-        (temporary / "set" / "card.json").write_text(json.dumps(card | {"counts": counts}, indent=1) + "\n")
+        text = json.dumps(card | {"counts": counts}, indent=1) + "\n"
+        (temporary / "set" / "card.json").write_text(text)
         _publish(temporary, target, card)
     finally: shutil.rmtree(temporary, ignore_errors=True)
     return target
@@ -593,11 +696,13 @@ def make(name: str,                   # a key of PRESETS
 # %% ../nbs/02_synthetic.ipynb #0100abcd
 def _unit_rows(feats: np.ndarray) -> np.ndarray:
     "Rows scaled to length one, float32."
-    return (feats / np.maximum(np.linalg.norm(feats, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    lengths = np.linalg.norm(feats, axis=1, keepdims=True)
+    return (feats / np.maximum(lengths, 1e-12)).astype(np.float32)
 
 def pixel_features(images: np.ndarray,  # N x 3 x h x w, uint8, at least 16 x 8
                    ) -> np.ndarray:     # N x 192 float32, unit rows
-    "A thumbnail of 16 x 4 pixels: 16 x 8 without two columns on each side, each channel's mean removed. ValueError for smaller images."
+    """A thumbnail of 16 x 4 pixels: 16 x 8 without two columns on each side,
+    each channel's mean removed. ValueError for smaller images."""
     n, _, h, w = images.shape
     if h < 16 or w < 8: raise ValueError(f"images of {h} x {w} pixels: at least 16 x 8 are needed")
     cells = images[:, :, :h // 16 * 16, :w // 8 * 8].reshape(n, 3, 16, h // 16, 8, w // 8)
@@ -608,14 +713,18 @@ def pixel_features(images: np.ndarray,  # N x 3 x h x w, uint8, at least 16 x 8
 def _histograms(images: np.ndarray, bins: int) -> np.ndarray:
     "Joint RGB histograms of the middle half of each image; rows sum to one."
     n, w = len(images), images.shape[-1]
-    levels = (images[..., w // 4:w - w // 4].astype(np.int64) * bins // 256).transpose(0, 2, 3, 1).reshape(n, -1, 3)
-    counts = np.stack([np.bincount(row, minlength=bins ** 3) for row in levels @ [bins * bins, bins, 1]])
+    middle = images[..., w // 4:w - w // 4].astype(np.int64)
+    levels = (middle * bins // 256).transpose(0, 2, 3, 1).reshape(n, -1, 3)
+    colours = levels @ [bins * bins, bins, 1]
+    counts = np.stack([np.bincount(row, minlength=bins ** 3) for row in colours])
     return counts / counts.sum(1, keepdims=True)
 
-def histogram_features(images: np.ndarray,              # N x 3 x h x w, uint8
-                       cams: np.ndarray | None = None,  # N cameras: each camera's mean is removed; None: the mean of all
-                       bins: int = 6,                   # per colour channel
-                       ) -> np.ndarray:                 # N x bins^3 float32, unit rows
+def histogram_features(
+    images: np.ndarray,  # N x 3 x h x w, uint8
+    # N cameras: each camera's mean is removed; None: the mean of all
+    cams: np.ndarray | None = None,
+    bins: int = 6,       # per colour channel
+) -> np.ndarray:         # N x bins^3 float32, unit rows
     "Square roots of joint RGB histograms, centred per camera."
     feats = np.sqrt(_histograms(images, bins))
     cams = np.zeros(len(feats), np.int64) if cams is None else np.asarray(cams)

@@ -17,11 +17,13 @@ from torch import nn
 import torch.nn.functional as F
 from torchvision.ops import stochastic_depth
 
-from .models import IBN, GroupedBatchNorm1d, GroupedBatchNorm2d, kind_of, load_state, read_state
+from .models import (IBN, GroupedBatchNorm1d, GroupedBatchNorm2d,
+                             kind_of, load_state, read_state)
 
 # %% ../nbs/03a_vit.ipynb #0014abcd
 class Block(nn.Module):
-    "Attention, then an MLP, each added to its input (Dosovitskiy et al. 2021): B x T x D to the same. timm's names."
+    """Attention, then an MLP, each added to its input (Dosovitskiy et al. 2021):
+    B x T x D to the same. timm's names."""
     def __init__(self, width,
                  heads,          # attention heads; each sees width / heads numbers
                  drop_path=0.0,  # chance that an image skips a branch, in training
@@ -29,40 +31,51 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.drop_path = heads, drop_path
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width),
+                                   "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width),
+                                  "fc2": nn.Linear(4 * width, width)})
 
     def qkv(self, x):
         "Queries, keys and values of all heads: three times B x heads x T x D/heads."
-        return self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        all_heads = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        return all_heads.permute(2, 0, 3, 1, 4)
 
     def forward(self, x):
         skip = partial(stochastic_depth, p=self.drop_path, mode="row", training=self.training)
-        x = x + skip(self.attn["proj"](F.scaled_dot_product_attention(*self.qkv(x)).transpose(1, 2).flatten(2)))
+        seen = F.scaled_dot_product_attention(*self.qkv(x)).transpose(1, 2).flatten(2)
+        x = x + skip(self.attn["proj"](seen))
         return x + skip(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
 
 # %% ../nbs/03a_vit.ipynb #0018abcd
 class Patches(nn.Module):
-    "Images B x 3 x H x W to patches B x (H/patch * W/patch) x D; with `stem` through the IBN convolutions of TransReID-SSL (`--conv-stem`)."
+    """Images B x 3 x H x W to patches B x (H/patch * W/patch) x D;
+    with `stem` through the IBN convolutions of TransReID-SSL (`--conv-stem`)."""
     def __init__(self, width, patch=16, stem=False, norm_layer=nn.BatchNorm2d):
         super().__init__()
         if stem:
             conv = lambda cin, size, stride: nn.Conv2d(cin, 64, size, stride, size // 2, bias=False)
             norms = IBN(64, norm_layer), IBN(64, norm_layer), norm_layer(64)
             convs = conv(3, 7, 2), conv(64, 3, 1), conv(64, 3, 1)
-            self.conv = nn.Sequential(*[m for pair in zip(convs, norms) for m in (*pair, nn.ReLU(inplace=True))])
-        self.proj = nn.Conv2d(64 if stem else 3, width, patch // 2 if stem else patch, patch // 2 if stem else patch)
-        nn.init.normal_(self.proj.weight, std=math.sqrt(2 / (self.proj.kernel_size[0] ** 2 * width)))
-    def forward(self, x): return self.proj(self.conv(x) if hasattr(self, "conv") else x).flatten(2).transpose(1, 2)
+            steps = [m for pair in zip(convs, norms) for m in (*pair, nn.ReLU(inplace=True))]
+            self.conv = nn.Sequential(*steps)
+        side = patch // 2 if stem else patch
+        self.proj = nn.Conv2d(64 if stem else 3, width, side, side)
+        nn.init.normal_(self.proj.weight, std=math.sqrt(2 / (side ** 2 * width)))
+    def forward(self, x):
+        if hasattr(self, "conv"): x = self.conv(x)
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 # %% ../nbs/03a_vit.ipynb #0021abcd
 def grid_of(rows,  # number of patches
             ):     # (height, width)
-    "The grid of a position table: width to height 1:1 (ImageNet), 1:2 (people) or 1:3; ValueError for any other number."
+    """The grid of a position table: width to height 1:1 (ImageNet), 1:2 (people) or 1:3;
+    ValueError for any other number."""
     for ratio in (1, 2, 3):
         width = math.isqrt(rows // ratio)
         if ratio * width * width == rows: return ratio * width, width
-    raise ValueError(f"a position table of {rows} rows is no grid of the shape n x n, 2n x n or 3n x n; is a class token's row among them?")
+    raise ValueError(f"a position table of {rows} rows is no grid of the shape "
+                     "n x n, 2n x n or 3n x n; is a class token's row among them?")
 
 def resize_positions(table,  # 1 x rows x D
                      grid,   # (height, width) wanted
@@ -71,37 +84,47 @@ def resize_positions(table,  # 1 x rows x D
     "A position table for another grid."
     old = grid_of(table.shape[1])
     if old == tuple(grid): return table
-    return F.interpolate(table.unflatten(1, old).permute(0, 3, 1, 2), size=grid, mode=mode, align_corners=False).flatten(2).transpose(1, 2)
+    image = table.unflatten(1, old).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=grid, mode=mode, align_corners=False)
+    return image.flatten(2).transpose(1, 2)
 
 # %% ../nbs/03a_vit.ipynb #0030abcd
 class ViT(nn.Module):
-    "Images B x 3 x H x W to tokens B x T x D: the class token, then the part tokens (top, middle, bottom) where there are any."
+    """Images B x 3 x H x W to tokens B x T x D: the class token,
+    then the part tokens (top, middle, bottom) where there are any."""
     def __init__(self, width=384, depth=12, heads=6, patch=16,
                  grid=(16, 8),   # patches of the position table; other image sizes resize it
                  parts=0,        # 3 for PASS
                  stem=False,     # the IBN stem instead of one convolution
                  drop_path=0.3,  # of the last block, growing linearly from 0
                  norm_layer=nn.BatchNorm2d,  # of the stem
-                 compat=False,   # part tokens and token positions start at zero, as in the released re-ID class
+                 # part tokens and token positions start at zero, as in the released re-ID class
+                 compat=False,
                  ):
         super().__init__()
         self.patch, self.grid = patch, tuple(grid)
-        self.tokens, self.token_pos = nn.Parameter(torch.zeros(1, 1 + parts, width)), nn.Parameter(torch.zeros(1, 1 + parts, width))
+        self.tokens = nn.Parameter(torch.zeros(1, 1 + parts, width))
+        self.token_pos = nn.Parameter(torch.zeros(1, 1 + parts, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1], width))
         self.patch_embed = Patches(width, patch, stem, norm_layer)
-        self.blocks = nn.ModuleList(Block(width, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
+        drops = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(width, heads, drop) for drop in drops)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         small = partial(nn.init.trunc_normal_, std=0.02)
-        for p in (self.pos_embed, self.tokens[:, :1] if compat else self.tokens, *([] if compat else [self.token_pos])): small(p.data)
+        small(self.pos_embed.data)
+        small(self.tokens[:, :1].data if compat else self.tokens.data)
+        if not compat: small(self.token_pos.data)
         for m in self.blocks.modules():
             if isinstance(m, nn.Linear): small(m.weight); nn.init.zeros_(m.bias)
 
     def embed(self, images,
-              carry=slice(None),  # which of the first tokens to carry: all, or (0, a) for the class token and one part
+              # which of the first tokens to carry: all, or (0, a) for the class token and one part
+              carry=slice(None),
               ):
         "Tokens and patches with their positions, before the first block."
         size = images.shape[2] // self.patch, images.shape[3] // self.patch
-        pos = self.pos_embed if size == self.grid else resize_positions(self.pos_embed, size, "bicubic")
+        pos = self.pos_embed
+        if size != self.grid: pos = resize_positions(pos, size, "bicubic")
         first = (self.tokens + self.token_pos)[:, carry].expand(len(images), -1, -1)
         return torch.cat([first, self.patch_embed(images) + pos], 1)
 
@@ -115,13 +138,15 @@ class ViT(nn.Module):
 def fuse(tokens,      # B x T x D: class token, then part tokens
          how="cat",   # or "mean"
          ):           # B x 2D or B x D
-    "Class token and the mean of the part tokens, side by side or averaged; without parts the class token alone."
+    """Class token and the mean of the part tokens, side by side or averaged;
+    without parts the class token alone."""
     if tokens.shape[1] == 1: return tokens[:, 0]
     both = tokens[:, 0], tokens[:, 1:].mean(1)
     return torch.cat(both, 1) if how == "cat" else sum(both) / 2
 
 # %% ../nbs/03a_vit.ipynb #0041abcd
-SIZES = {"tiny": dict(width=96, depth=4, heads=3, patch=8, grid=(8, 4), drop_path=0.1), "small": dict(width=384, depth=12, heads=6),
+SIZES = {"tiny": dict(width=96, depth=4, heads=3, patch=8, grid=(8, 4), drop_path=0.1),
+         "small": dict(width=384, depth=12, heads=6),
          "base": dict(width=768, depth=12, heads=12)}
 WORDS = ("pass", "ics", "mean", "multi")
 
@@ -129,25 +154,37 @@ def parse(backbone,  # such as "vit_small_pass_mean"
           ):         # (size, set of words)
     "The parts of a transformer's name; ValueError says what there is."
     size, *words = backbone.removeprefix("vit_").split("_")
-    if size not in SIZES or set(words) - set(WORDS) or len(set(words)) < len(words) or ({"mean", "multi"} & set(words) and "pass" not in words):
-        raise ValueError(f"backbone {backbone!r}: expected vit_ and one of {', '.join(SIZES)}, then any of _pass (part tokens), _ics (IBN stem) "
+    unknown = set(words) - set(WORDS)
+    twice = len(set(words)) < len(words)
+    no_parts = {"mean", "multi"} & set(words) and "pass" not in words
+    if size not in SIZES or unknown or twice or no_parts:
+        raise ValueError(f"backbone {backbone!r}: expected vit_ and one of {', '.join(SIZES)}, "
+                         "then any of _pass (part tokens), _ics (IBN stem) "
                          "and, with _pass, _mean (fusion, else cat) and _multi (necks)")
     return size, set(words)
 
 # %% ../nbs/03a_vit.ipynb #0044abcd
 class Network(nn.Module):
-    "Transformer and necks behind the same call as `ReIDModel`: (global B x D, parts B x 3 x D or None), not normalised. `pooling` is for feature maps and has no effect here."
+    """Transformer and necks behind the same call as `ReIDModel`:
+    (global B x D, parts B x 3 x D or None), not normalised.
+    `pooling` is for feature maps and has no effect here."""
     def __init__(self, backbone, pooling="gem",
-                 parts=0,             # 3 to get the part tokens, each through its own neck
-                 bn_group_size=None,  # images normalised together in training; None: the whole batch
+                 parts=0,  # 3 to get the part tokens, each through its own neck
+                 # images normalised together in training; None: the whole batch
+                 bn_group_size=None,
                  compat=False):
         super().__init__()
         size, words = parse(backbone)
         tokens = 4 if "pass" in words else 1
-        if parts not in (0, tokens - 1): raise ValueError(f"{parts} parts, but backbone {backbone!r} has {tokens - 1} part tokens; use 0 or {'3' if tokens > 1 else 'a backbone with _pass'}")
-        self.backbone = ViT(**SIZES[size], parts=tokens - 1, stem="ics" in words, norm_layer=partial(GroupedBatchNorm2d, group_size=bn_group_size), compat=compat)
+        if parts not in (0, tokens - 1):
+            fitting = "3" if tokens > 1 else "a backbone with _pass"
+            raise ValueError(f"{parts} parts, but backbone {backbone!r} has {tokens - 1} "
+                             f"part tokens; use 0 or {fitting}")
+        self.backbone = ViT(**SIZES[size], parts=tokens - 1, stem="ics" in words, compat=compat,
+                            norm_layer=partial(GroupedBatchNorm2d, group_size=bn_group_size))
         width = SIZES[size]["width"]
-        self.parts, self.multi, self.how = parts, "multi" in words, "mean" if "mean" in words else "cat"
+        self.parts, self.multi = parts, "multi" in words
+        self.how = "mean" if "mean" in words else "cat"
         self.dim = width * (2 if tokens > 1 and self.how == "cat" else 1)
         dims = [width if self.multi else self.dim] + [width] * (3 if self.multi or parts else 0)
         self.necks = nn.ModuleList(GroupedBatchNorm1d(d, group_size=bn_group_size) for d in dims)
@@ -163,8 +200,12 @@ class Network(nn.Module):
     def heads(self, tokens):  # B x T x D
         "Global and part features of tokens."
         first, *rest = tokens.unbind(1)
-        parts = torch.stack([neck(t) for neck, t in zip(self.necks[1:], rest)], 1) if len(self.necks) > 1 else None
-        if self.multi: fused = fuse(F.normalize(torch.cat([self.necks[0](first)[:, None], parts], 1), dim=2), self.how)
+        parts = None
+        if len(self.necks) > 1:
+            parts = torch.stack([neck(t) for neck, t in zip(self.necks[1:], rest)], 1)
+        if self.multi:
+            through = torch.cat([self.necks[0](first)[:, None], parts], 1)
+            fused = fuse(F.normalize(through, dim=2), self.how)
         else: fused = self.necks[0](fuse(tokens, self.how))
         return fused, parts if self.parts else None
 
@@ -172,34 +213,49 @@ class Network(nn.Module):
 PARTS = (1, 2, 3)
 
 def our_names(state):  # dict name -> tensor
-    "Released names as ours: tokens and their positions stacked, a class token's row split off the position table, `bottleneck*` as necks; heads and classifiers left out."
+    """Released names as ours: tokens and their positions stacked, a class token's row split off
+    the position table, `bottleneck*` as necks; heads and classifiers left out."""
     s = {re.sub(r"^((module|backbone|base)\.)+", "", k): v for k, v in state.items()}
-    s = {k: v for k, v in s.items() if not k.startswith(("head", "fc.", "classifier", "dist", "pre_logits"))}
-    if "part_token1" not in s and "cls_token" in s and "pos_embed" in s: s["cls_pos"], s["pos_embed"] = s["pos_embed"].split([1, s["pos_embed"].shape[1] - 1], 1)
+    s = {k: v for k, v in s.items()
+         if not k.startswith(("head", "fc.", "classifier", "dist", "pre_logits"))}
+    if "part_token1" not in s and "cls_token" in s and "pos_embed" in s:
+        table = s["pos_embed"]
+        s["cls_pos"], s["pos_embed"] = table.split([1, table.shape[1] - 1], 1)
     parts = PARTS if "part_token1" in s else ()
-    for name, rows in {"tokens": ["cls_token", *[f"part_token{i}" for i in parts]], "token_pos": ["cls_pos", *[f"part{i}_pos" for i in parts]]}.items():
+    stacks = {"tokens": ["cls_token", *[f"part_token{i}" for i in parts]],
+              "token_pos": ["cls_pos", *[f"part{i}_pos" for i in parts]]}
+    for name, rows in stacks.items():
         if all(r in s for r in rows): s[name] = torch.cat([s.pop(r) for r in rows], 1)
     neck = lambda m: f"necks.{m[1] or 0}."
     return {re.sub(r"^bottleneck(?:_pt(\d))?\.", neck, k): v for k, v in s.items()}
 
 # %% ../nbs/03a_vit.ipynb #0054abcd
-PAGES = {"pass": "pass_vit_small_full.pth, from github.com/CASIA-IVA-Lab/PASS-reID", "ssl": "the LUPerson weights, from github.com/damo-cv/TransReID-SSL"}
+PAGES = {"pass": "pass_vit_small_full.pth, from github.com/CASIA-IVA-Lab/PASS-reID",
+         "ssl": "the LUPerson weights, from github.com/damo-cv/TransReID-SSL"}
 
-def load_pretrained(model,     # Network
-                    backbone,  # its name
-                    weights,   # "none" or a file: with necks a whole network (a trained model), else a backbone
-                    ) -> str:  # one line that says what was loaded
-    "Give the network its start. Whole or not at all (ValueError); only a position table of another grid is resized, and the line says so."
+def load_pretrained(
+    model,     # Network
+    backbone,  # its name
+    weights,   # "none" or a file: with necks a whole network (a trained model), else a backbone
+) -> str:      # one line that says what was loaded
+    """Give the network its start. Whole or not at all (ValueError);
+    only a position table of another grid is resized, and the line says so."""
     if weights == "none": return "random initialisation (no pre-training)"
     if weights == "pretrained":
-        raise FileNotFoundError(f"no weights for {backbone} come with the book. Download {PAGES['pass' if 'pass' in backbone else 'ssl']} and pass weights=FILE, "
-                                "make your own (17_pretraining), or pass weights='none' to start from nothing.")
+        page = PAGES["pass" if "pass" in backbone else "ssl"]
+        raise FileNotFoundError(f"no weights for {backbone} come with the book. "
+                                f"Download {page} and pass weights=FILE, "
+                                "make your own (17_pretraining), "
+                                "or pass weights='none' to start from nothing.")
     raw = read_state(weights)
     state, said = our_names(raw), f"from {Path(weights).name}"
     table, grid = state.get("pos_embed"), model.backbone.grid
     if table is not None and table.shape[1] != grid[0] * grid[1]:
-        state["pos_embed"], said = resize_positions(table, grid), f"{said} (position table resized from {grid_of(table.shape[1])} to {grid})"
+        state["pos_embed"] = resize_positions(table, grid)
+        said += f" (position table resized from {grid_of(table.shape[1])} to {grid})"
     whole = any(k.startswith("necks.") for k in state)
-    if whole: state = {k if k.startswith("necks.") else f"backbone.{k}": v for k, v in state.items()}
-    load_state(model if whole else model.backbone, state, f"{weights}, read for {backbone},", holds=kind_of(raw))
+    if whole:
+        state = {k if k.startswith("necks.") else f"backbone.{k}": v for k, v in state.items()}
+    load_state(model if whole else model.backbone, state,
+               f"{weights}, read for {backbone},", holds=kind_of(raw))
     return ("whole network " if whole else "weights ") + said

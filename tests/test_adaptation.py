@@ -103,7 +103,7 @@ def test_optimizers():
         model = torch.nn.Linear(2, 2)
         return type(training.make_optimizer(SimpleNamespace(model=model, device=torch.device("cpu"), settings=SimpleNamespace(optimizer=name, backbone=backbone, lr=1, weight_decay=0))))
     assert made("resnet50", "auto") is made("vit_tiny", "adam") is torch.optim.Adam and made("vit_tiny", "auto") is made("small", "sgd") is torch.optim.SGD
-    with pytest.raises(ValueError, match="auto, adam or sgd"): training.resolve(Baseline, "synthetic-tiny", optimizer="lion")
+    with pytest.raises(ValueError, match="one of auto, adam, sgd"): training.resolve(Baseline, "synthetic-tiny", optimizer="lion")
 
 
 def test_papermill_run_from_a_source_to_unlabelled_crops(tmp_path, monkeypatch):

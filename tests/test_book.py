@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from stale import stale_cells
+
 project = Path(__file__).parent.parent
 chapters = sorted(project.glob("nbs/*.ipynb"))
 
@@ -50,6 +52,25 @@ def test_title_stands_alone(path):
 
 @pytest.mark.parametrize("path", [p for p in chapters if p.stem != "train"], ids=lambda p: p.stem)
 def test_chapter_runs(path, tmp_path):
-    "Every chapter runs from top to bottom, as a reader would run it."
+    "Every chapter runs from top to bottom, as a reader would run it, and gives the numbers that are stored."
     nb = nbformat.read(path, as_version=4)
+    stored = copy.deepcopy(code_cells(nb))
     NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    stale = [f"code cell {n}: {stored[n].source[:60]!r}" for n in stale_cells(stored, code_cells(nb))]
+    assert not stale, f"the ledger or results/ say something else now; execute the page again: {stale}"
+
+
+def code_cells(nb): return [c for c in nb.cells if c.cell_type == "code"]
+
+
+def toy_page(*outputs):
+    "Three cells; the second uses what the first reads from a file."
+    cells = [nbformat.v4.new_code_cell(s) for s in ('table = runs.ledger()\ntable.mAP', "best = table.max()\nbest", "time.time()")]
+    for cell, said in zip(cells, outputs): cell.outputs = [nbformat.v4.new_output("stream", text=said)]
+    return cells
+
+
+def test_stale_outputs_are_found():
+    assert stale_cells(toy_page("1", "2", "3"), toy_page("1", "2", "4")) == []  # a clock is no file
+    assert stale_cells(toy_page("1", "2", "3"), toy_page("0", "2", "3")) == [0]
+    assert stale_cells(toy_page("1", "2", "3"), toy_page("1", "0", "3")) == [1]

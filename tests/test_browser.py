@@ -2,10 +2,12 @@
 import base64
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -107,15 +109,19 @@ def test_flow_draws_every_image_of_the_people(toy):
 
 @pytest.fixture
 def lab(tmp_path):
-    "A JupyterLab of this book, with every cell in the page (no windowing): its address."
+    """A JupyterLab of this book, with every cell in the page (no windowing): its address and its token.
+
+    The token is random and travels in the environment: a server without one is a shell for every user of the machine."""
+    token = secrets.token_urlsafe(24)
     settings = tmp_path / "settings" / "@jupyterlab" / "notebook-extension"
     settings.mkdir(parents=True)
     (settings / "tracker.jupyterlab-settings").write_text(json.dumps({"windowingMode": "none"}))
     (tmp_path / "book").mkdir()
     shutil.copy2(ROOT / "nbs" / "06b_browser.ipynb", tmp_path / "book")
     env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "spaces"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
-                        "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", "HOME": str(tmp_path)}
-    words = ["lab", "--no-browser", "--allow-root", "--expose-app-in-browser", "--ServerApp.port=0", "--IdentityProvider.token=", "--ServerApp.password=", "--ip=127.0.0.1"]
+                        "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", "HOME": str(tmp_path),
+                        "JUPYTER_TOKEN": token}
+    words = ["lab", "--no-browser", "--allow-root", "--expose-app-in-browser", "--ServerApp.port=0", "--ip=127.0.0.1"]
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyter", *words], cwd=tmp_path / "book", env=env, stdout=log, stderr=log)
     try:
@@ -123,15 +129,24 @@ def lab(tmp_path):
             found = list((tmp_path / "runtime").glob("jpserver-*.json"))
             if found and server.poll() is None:
                 address = json.loads(found[0].read_text())["url"]
-                try: urllib.request.urlopen(address + "api/status", timeout=2); break
+                try:
+                    urllib.request.urlopen(f"{address}api/status?token={token}", timeout=2)
+                    break
                 except OSError: pass
             assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
             time.sleep(.25)
         else: raise AssertionError("JupyterLab did not start: " + (tmp_path / "log").read_text()[-2000:])
-        yield address
+        yield address, token
     finally:
         server.terminate()
         server.wait(30)
+
+
+def test_jupyterlab_asks_for_its_token(lab):
+    address, token = lab
+    for wrong in ("", "?token=", "?token=" + "x" * len(token)):
+        with pytest.raises(urllib.error.HTTPError, match="403"): urllib.request.urlopen(f"{address}api/contents{wrong}", timeout=10)
+    assert urllib.request.urlopen(f"{address}api/contents?token={token}", timeout=10).status == 200
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine (apt-get install chromium)")
@@ -142,7 +157,8 @@ def test_in_jupyterlab(lab, tmp_path):
         context = p.chromium.launch_persistent_context(str(tmp_path / "profile"), executable_path=CHROMIUM, args=FLAGS, viewport={"width": 1200, "height": 1000})
         try:
             page = context.new_page()
-            page.goto(f"{lab}lab/tree/06b_browser.ipynb")
+            address, token = lab
+            page.goto(f"{address}lab/tree/06b_browser.ipynb?token={token}")
             page.wait_for_function("window.jupyterapp && window.jupyterapp.shell.currentWidget && window.jupyterapp.shell.currentWidget.sessionContext"
                                    " && window.jupyterapp.shell.currentWidget.sessionContext.isReady", timeout=90_000)
             page.evaluate("() => { window.finished = false; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.finished = true }) }")

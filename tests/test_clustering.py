@@ -1,4 +1,6 @@
 "Clustering against golden labels and against scikit-learn on dense matrices."
+import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,7 +68,7 @@ def test_golden_infomap_graph(golden):
 
 
 def test_infomap(golden):
-    pytest.importorskip("infomap")
+    if not importlib.util.find_spec("infomap"): pytest.skip("infomap is not installed")  # not loaded here: faiss goes first
     g = golden("engine_extra")
     labels = infomap(g["icsr_features"])
     assert adjusted_rand_score(labels, g["icsr_s2_infomap_labels"]) > .95             # Infomap depends on its version
@@ -162,3 +164,29 @@ def test_identities_are_found():
     x = features(400, 64, 20, .3)
     labels = dbscan(jaccard_similarity(x, 20, min_similarity=min_similarity(.6)), .6)
     assert labels.dtype == np.int64 and labels.max() == 19 and (labels >= 0).mean() > .95
+
+
+INFOMAP = """
+import sys
+sys.path.append({stubs!r})  # an empty faiss, where none is installed
+import numpy as np
+from reidbook import neighbors
+from reidbook.clustering import infomap
+{first}
+x = np.eye(6, dtype=np.float32)[np.arange(60) % 6]
+labels = infomap(x)
+import faiss
+assert np.array_equal(labels, infomap(x)) and labels.max() == 5
+names = list(sys.modules)
+assert names.index("faiss") < names.index("infomap"), "infomap was loaded first"
+"""
+
+
+@pytest.mark.parametrize("first", ["", "neighbors.numba = None"])
+def test_infomap_loads_faiss_first(tmp_path, first):
+    "The other order ends the process inside modules()."
+    if not importlib.util.find_spec("infomap"): pytest.skip("infomap is not installed")
+    (tmp_path / "faiss.py").write_text("")
+    code = INFOMAP.format(stubs=str(tmp_path), first=first)
+    p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr

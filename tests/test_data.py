@@ -3,8 +3,10 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import time
 import warnings
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
 import reidbook.data as data
@@ -667,3 +669,92 @@ def test_answerable():
     query = pd.DataFrame(dict(pid=[1, 1, 2, 3], cam=[0, 1, 0, 0]))
     gallery = pd.DataFrame(dict(pid=[1, 2, 2, 4], cam=[0, 0, 0, 1]))
     assert data.answerable(query, gallery).tolist() == [False, True, False, False]
+
+
+def chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png16(path, values, colour_type):
+    "A PNG of 16 bits per value, which Pillow writes for grey only."
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    return path
+
+
+@pytest.mark.parametrize("colour_type, channels", [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_keep_the_upper_eight(tmp_path, colour_type, channels):
+    values = np.random.default_rng(0).integers(0, 65536, (6, 4, channels))
+    if channels in (2, 4): values[..., -1] = 65535  # opaque
+    path = png16(tmp_path / "deep.png", values, colour_type)
+    want = (values >> 8)[..., :3 if channels > 2 else 1].repeat(3 if channels < 3 else 1, axis=2)
+    assert_array_equal(np.asarray(data.open_image(path)), want)
+    assert_array_equal(data.load_images([path], (6, 4))[0].transpose(1, 2, 0), want)
+    assert data.inspect_file(path).kinds == ("16 bits",)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_turned_as_exif_says(tmp_path, suffix, turn):
+    image, exif = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 32, 3), dtype=np.uint8)), Image.Exif()
+    exif[data.ORIENTATION] = turn
+    image.save(path := tmp_path / f"turned{suffix}", exif=exif)
+    with Image.open(path) as opened: want = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    assert_array_equal(np.asarray(data.open_image(path)), want)
+    found = data.inspect_file(path)
+    assert found.size == want.shape[1::-1] and found.kinds == ("turned",) * (turn > 1) and not found.problem
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L key"])
+def test_transparent_becomes_black(tmp_path, mode):
+    "Half of the image is transparent; what the painter left below is not seen."
+    grey = np.full((8, 8), 200, np.uint8)
+    alpha = np.where(np.arange(8) < 4, 0, 255).astype(np.uint8)[None].repeat(8, 0)
+    path = tmp_path / "a.png"
+    if mode == "P":
+        image = Image.fromarray((alpha > 0).astype(np.uint8), "L").convert("P")
+        image.putpalette([9, 200, 9, 200, 200, 200])
+        image.save(path, transparency=0)
+    elif mode == "L key": Image.fromarray(np.where(alpha, 200, 7).astype(np.uint8)).save(path, transparency=7)
+    else: Image.fromarray(np.dstack([grey] * (len(mode) - 1) + [alpha]), mode).save(path)
+    got = np.asarray(data.open_image(path))
+    assert (got[:, :4] == 0).all() and (got[:, 4:] == 200).all()
+    assert data.inspect_file(path).kinds == ("transparent",)
+
+
+def test_broken_exif_and_cmyk_are_read(tmp_path):
+    image = Image.new("RGB", (8, 16), (10, 200, 30))
+    image.save(tmp_path / "exif.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    for name in ("exif", "cmyk"):
+        path = tmp_path / f"{name}.jpg"
+        assert np.abs(np.asarray(data.open_image(path)).astype(int) - (10, 200, 30)).max() < 12
+        assert data.inspect_file(path)[1:] == ("", (8, 16), ())
+
+
+def test_32_bits_have_no_scale(tmp_path):
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "a.tif")
+    path = (tmp_path / "a.tif").rename(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="no agreed scale"): data.open_image(path)
+    assert "no agreed scale" in data.inspect_file(path).problem
+
+
+def test_check_counts_unusual_images(tmp_path):
+    folder, exif = tmp_path / "own", Image.Exif()
+    for i in range(4): paint(folder / f"{i}.png")
+    exif[data.ORIENTATION] = 6
+    Image.new("RGB", (20, 40)).save(folder / "turned.jpg", exif=exif)
+    png16(folder / "deep.png", np.full((20, 20, 4), 30000), 6)
+    warnings = "\n".join(data.check(data.open_dataset("folder", folder), progress=False).warnings)
+    assert "images of 16 bits per value (the upper 8 are used): 1, first deep.png" in warnings
+    assert "images turned as their Exif says: 1, first turned.jpg" in warnings
+    assert "images with transparent pixels (they become black): 1, first deep.png" in warnings
+
+
+def test_copies_of_another_decoding_are_not_used(tmp_path, monkeypatch):
+    path = paint(tmp_path / "a.png")
+    now = data.files_key([str(path)])
+    monkeypatch.setattr(data, "DECODED", "as it was")
+    assert data.files_key([str(path)]) != now

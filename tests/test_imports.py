@@ -1,4 +1,6 @@
 "The library imports and searches exactly where faiss, numba, papermill and nbdev are missing, as on a lent GPU machine."
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +41,60 @@ def test_search_is_exact_without_faiss_and_numba():
     with_all = python(SEARCH)
     assert python(BLOCKED.format(blocked={"faiss"}) + SEARCH) == with_all
     assert python(BLOCKED.format(blocked={"faiss", "numba"}) + SEARCH) == with_all
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def pages():
+    "Module -> the notebook that it is exported from; notebooks are numbered in reading order."
+    out = {}
+    for path in sorted((ROOT / "reidbook").rglob("*.py")):
+        made_from = re.search(r"File to edit: (?:\.\./)+nbs/(.+?)\.ipynb", path.read_text(encoding="utf-8"))
+        if made_from: out[".".join(path.relative_to(ROOT / "reidbook").with_suffix("").parts)] = made_from[1]
+    return out
+
+
+def targets(node, module):
+    "Modules of the book that one node of a syntax tree imports, wherever in the file it stands."
+    if isinstance(node, ast.ImportFrom):
+        above = module.split(".")[:-node.level] if node.level else []
+        if not node.level and (node.module or "").split(".")[0] != "reidbook": return []
+        base = above + [w for w in (node.module or "").split(".") if w and w != "reidbook"]
+        return [".".join(base)] + [".".join([*base, a.name]) for a in node.names]
+    if isinstance(node, ast.Import): return [a.name.removeprefix("reidbook.") for a in node.names]
+    called = isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module"
+    return [a.value.removeprefix("reidbook.") for a in node.args if isinstance(a, ast.Constant)] if called else []
+
+
+def backward(sources, page):
+    "Imports that point to the same page or a later one. `sources`: module -> text."
+    found = set()
+    for module, text in sources.items():
+        for node in ast.walk(ast.parse(text)):
+            found |= {(module, to) for to in targets(node, module) if to != module and page.get(to, "") >= page[module]}
+    return sorted(found)
+
+
+def test_imports_point_one_way_along_the_reading_order():
+    page = pages()
+    assert len(page) > 25
+    assert backward({m: (ROOT / "reidbook" / (m.replace(".", "/") + ".py")).read_text(encoding="utf-8") for m in page}, page) == [("speed", "cli")]  # to be mended
+
+
+def test_an_import_against_the_reading_order_is_found():
+    page = {"data": "01_data", "runs": "20_runs", "methods.glc": "14_methods.glc", "methods.pplr": "11_methods.pplr"}
+    for text in ("from . import runs", "from reidbook import runs", "import reidbook.runs", "def f():\n    from .runs import x",
+                 "import importlib\nimportlib.import_module('reidbook.runs')"):
+        assert backward({"data": text}, page) == [("data", "runs")], text
+    assert backward({"runs": "from . import data\nfrom .methods import glc\nimport numpy"}, page) == []
+    assert backward({"methods.pplr": "from . import glc", "methods.glc": "from .. import data"}, page) == [("methods.pplr", "methods.glc")]
+
+
+def test_methods_do_not_import_one_another():
+    page = pages()
+    own = [m for m in page if m.startswith("methods.")]
+    for module in own:
+        tree = ast.parse((ROOT / "reidbook" / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+        others = {to for node in ast.walk(tree) for to in targets(node, module)} & set(own) - {module, "methods.baseline"}
+        assert not others, f"{module} imports {others}"

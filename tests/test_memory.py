@@ -37,6 +37,21 @@ def test_hybrid_memory_is_the_reference(golden):
     assert_allclose(memory.features.numpy(), g["out_hm_features"], atol=1e-6)
 
 
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_hybrid_memory_leaves_out_classes_without_images(golden, epoch):
+    g = golden("next_spcl")
+    rows = g["in_features"] if epoch == 0 else g["in_features_e1"]
+    x, index, labels = torch.tensor(g[f"in_e{epoch}_batch"], requires_grad=True), g[f"in_e{epoch}_index"], g[f"out_e{epoch}_labels"]
+    assert len(set(labels)) <= labels.max()  # numbers with gaps
+    memory = HybridMemory(rows, labels, momentum=0.2)
+    loss = memory(x, torch.tensor(index))
+    memory.update(x, index)
+    loss.backward()
+    assert_allclose(loss.item(), g[f"out_e{epoch}_loss"], atol=2e-6)
+    assert relative(x.grad.numpy(), g[f"out_e{epoch}_grad"]) < 1e-5
+    assert_allclose(memory.features.numpy(), g[f"out_e{epoch}_memory"], atol=2e-6)
+
+
 def test_soft_triplet_is_the_reference(golden):
     g = golden("pplr_losses")
     x = torch.tensor(g["in_emb"], requires_grad=True)

@@ -305,7 +305,7 @@ def test_compat_forgets_the_referee_and_takes_the_cluster_next_door(tiny):
     method.flips = [[np.zeros(0, np.int64)] * len(t.labels)] * 2
     index = np.array([np.flatnonzero(t.labels == y)[0] for y in (0, 1)])
     for compat in (True, False):
-        t.settings.compat = compat
+        t.settings = t.settings | {"compat": compat}
         assert [p.tolist() for p in method.hard_pairs(t, index)[0]] == [method.mates[i - compat].tolist() for i in index]
 
 
@@ -332,3 +332,11 @@ def test_papermill_run(root, tmp_path, monkeypatch, use_gcn):
     out = runs.execute("synthetic-tiny", "mprd", root=root, settings=dict(use_gcn=use_gcn, epochs=2, iterations=2))
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["epoch"] == 2 and 0 < last["mAP"] <= 1 and ("kept_apart" in last) == use_gcn
+
+
+def test_alignment_has_a_temperature_of_its_own():
+    settings = lambda dataset, **given: training.resolve(mprd.MPRD, dataset, **given)
+    assert settings("market1501")["alignment_temperature"] == settings("synthetic-large")["alignment_temperature"] == 0.05  # as released
+    assert settings("market1501", temperature=0.2)["alignment_temperature"] == 0.05
+    for rendered in ("synthetic", "synthetic-tiny", "synthetic-cameras"):  # as the committed runs had it
+        assert settings(rendered)["alignment_temperature"] == settings(rendered)["temperature"] == 0.1

@@ -258,3 +258,18 @@ def test_approximate_says_how_good_it_is(capsys):
     _, idx = neighbors.knn_approximate(x, 10, cells=60, probes=1)
     assert (idx >= 0).all() and 0.2 < neighbors.recall_on_sample(x, idx) < 1
     assert neighbors.recall_on_sample(x, knn(x, 10)[1]) == 1
+
+
+def test_works_when_torchs_default_dtype_is_float64():
+    from reidbook import evaluation, memory
+    x, pids = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32), np.arange(200) % 20
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    calls = (lambda: neighbors.as_matrix(torch.tensor(x)), lambda: neighbors.knn(x, 5)[1], lambda: neighbors.jaccard_similarity(x).toarray(),
+             lambda: neighbors.re_rank(x[:70], x[70:]), lambda: evaluation.evaluate(x[:70], x[70:], pids[:70], pids[70:]).ap,
+             lambda: evaluation.rank_lists(x[:70], x[70:]), lambda: memory.prototypes(x, pids),
+             lambda: memory.HybridMemory(x, pids)(torch.from_numpy(x[:4]), torch.arange(4)).numpy())
+    want = [call() for call in calls]
+    torch.set_default_dtype(torch.float64)
+    try: got = [call() for call in calls]
+    finally: torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, want): assert np.array_equal(a, b) and a.dtype == b.dtype

@@ -9,12 +9,16 @@ __all__ = ['METHOD', 'Baseline']
 from ..clustering import dbscan, min_similarity
 from ..memory import ClusterMemory, prototypes
 from ..neighbors import jaccard_similarity
-from ..training import Method
+from ..training import Method, Setting
 
 # %% ../../nbs/10_methods.baseline.ipynb #0020abcd
 class Baseline(Method):
     "Cluster Contrast: kNN, Jaccard similarity, DBSCAN, prototypes, InfoNCE against the memory (Dai et al. 2022, section 3)."
-    settings = dict(temperature=0.05, momentum=0.1, update="mean")
+    settings = dict(
+        temperature=Setting(0.05, "of the softmax over all prototypes", above=0),
+        momentum=Setting(0.1, "weight of the old prototype in an update", low=0, high=1),
+        update=Setting("mean", "what writes a prototype: every image, or the hardest",
+                       choices=("mean", "hard")))
     datasets = {"synthetic": dict(temperature=0.1, momentum=0.2), "synthetic-large": {}}
 
     def labels(self, t, feats):

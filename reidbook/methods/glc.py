@@ -24,7 +24,7 @@ from ..memory import prototypes
 from .baseline import Baseline
 from ..models import pick_device
 from ..neighbors import as_matrix, knn
-from ..training import Plug, describe_labels
+from ..training import defaults, describe_labels, Plug, Setting
 
 # %% ../../nbs/14_methods.glc.ipynb #0014abcd
 def unit(features):
@@ -271,15 +271,27 @@ def schedule(target, source="", kind="both"):
     "Settings of the plug for a data set or a direction: correction with a restart (`both`), without (`glc`), or the restart alone."
     if kind not in ("both", "glc", "restart"): raise ValueError(f"kind {kind!r}: expected both, glc or restart")
     off = dict(both={}, glc=dict(glc_restart=-1), restart=dict(glc_start=-1))[kind]
-    return GLC.settings | SCHEDULES.get((source, target), {}).get(kind, {}) | off
+    return defaults(GLC.settings) | SCHEDULES.get((source, target), {}).get(kind, {}) | off
 
 # %% ../../nbs/14_methods.glc.ipynb #0087abcd
 class GLC(Plug):
     "Correct the labels of any method at chosen epochs; start the network afresh once, on corrected labels (Yan et al. 2022, as released)."
-    settings = dict(glc_start=10, glc_interval=5,      # first epoch (from 0) with a correction, -1: none; epochs between two
-                    glc_restart=15, glc_freeze=5,      # epoch that corrects and starts afresh, -1: none; epochs after it that keep its labels
-                    glc_restart_lr=5.5e-4, glc_restart_step=15,  # from the restart on
-                    glc_k=50, glc_classes=350, glc_subgraphs=[203, 200], glc_steps=80, glc_width=512, glc_t1=0.6, glc_t2=0.6, glc_min_size=5)
+    settings = dict(
+        glc_start=Setting(10, "with a correction, counted from 0; -1: none", "first epoch", low=-1),
+        glc_interval=Setting(5, "between two corrections", "epochs", low=1),
+        glc_restart=Setting(15, "that corrects and starts afresh; -1: none", "epoch", low=-1),
+        glc_freeze=Setting(5, "after the restart that keep its labels", "epochs", low=0),
+        glc_restart_lr=Setting(5.5e-4, "learning rate from the restart on", above=0),
+        glc_restart_step=Setting(15, "after which that rate is divided by 10", "epochs", low=1),
+        glc_k=Setting(50, "of each image in the graph, itself counted", "neighbours", low=2),
+        glc_classes=Setting(350, "in a sub-graph", "clusters", low=1),
+        glc_subgraphs=Setting([203, 200], "with the first learning rate, then with the second",
+                              "sub-graphs", low=1, count=(1, 2)),
+        glc_steps=Setting(80, "on each sub-graph", "steps", low=2),
+        glc_width=Setting(512, "of the graph network", "units", low=1),
+        glc_t1=Setting(0.6, "score that a link needs", low=0, high=1),
+        glc_t2=Setting(0.6, "share of links that its two ends must have in common", low=0, high=1),
+        glc_min_size=Setting(5, "in a component; smaller ones become outliers", "images", low=1))
     datasets = {"market1501": dict(glc_start=5), "msmt17 to market1501": dict(glc_start=6, glc_interval=6),
                 "synthetic": dict(glc_start=4, glc_interval=3, glc_restart=-1, glc_k=20, glc_subgraphs=[40, 20], glc_width=64)}
 

@@ -22,6 +22,7 @@ from ..data import Dataset
 from .baseline import Baseline
 from ..neighbors import jaccard_similarity, knn
 from ..noise import noise_kinds
+from ..training import Setting
 
 # %% ../../nbs/12_methods.icsr.ipynb #0018abcd
 def node_scores(similarities,        # N x k of `knn`, self included
@@ -209,14 +210,22 @@ def global_clusters(feats,  # N x D
 class ICSR(Baseline):
     "Cluster Contrast on global clusters from which each camera's own clusters have struck out what does not belong (Li et al. 2023)."
     settings = Baseline.settings | dict(
-                    batch_size=64, instances=4, bn_group_size=16,
-                    clustering="infomap",               # global clusters: infomap, agglomerative or dbscan
-                    knn=15, min_similarity=0.5, min_size=5,  # the kNN graph of scores and Infomap; smaller Infomap clusters become outliers
-                    n_clusters=0,                       # of agglomerative; 0: one for every 20 images
-                    nodes="max",                        # who speaks for a cluster: max, last (as released), or none (no refinement, no stage 1)
-                    nodes_from="labels",                # clusters that choose the nodes: the global ones, or infomap (as released)
-                    self_paced=False,                   # strike out each candidate with probability `pace`
-                    camera_epochs=20, camera_iterations=100, camera_momentum=0.2, camera_clusters=0)  # stage 1; clusters: as in `local_count`
+        batch_size=64, instances=4, bn_group_size=16,
+        clustering=Setting("infomap", "what makes the global clusters",
+                           choices=("infomap", "agglomerative", "dbscan")),
+        knn=Setting(15, "in the graph of scores and Infomap, itself counted", "neighbours", low=2),
+        min_similarity=Setting(0.5, "cosine that an edge of it needs", low=-1, high=1),
+        min_size=Setting(5, "in an Infomap cluster; smaller ones become outliers", "images", low=1),
+        n_clusters=Setting(0, "of agglomerative; 0: one for every 20 images", "clusters", low=0),
+        nodes=Setting("max", "who speaks for a cluster; last: as released; none: no stage 1",
+                      choices=("max", "last", "none")),
+        nodes_from=Setting("labels", "clusters that choose the nodes; infomap: as released",
+                           choices=("labels", "infomap")),
+        self_paced=Setting(False, "strike out each candidate with probability `pace`"),
+        camera_epochs=Setting(20, "of stage 1", "epochs", low=1),
+        camera_iterations=Setting(100, "in an epoch of stage 1", "batches", low=1),
+        camera_momentum=Setting(0.2, "of the prototypes of stage 1", low=0, high=1),
+        camera_clusters=Setting(0, "of a camera; 0: one for every five images", "clusters", low=0))
     datasets = {"market1501": dict(camera_clusters=600, n_clusters=800), "dukemtmcreid": dict(camera_clusters=600), "msmt17": dict(n_clusters=1200),
                 "synthetic": dict(clustering="dbscan", temperature=0.1, momentum=0.2, camera_epochs=5, camera_iterations=30),
                 "synthetic-tiny": dict(batch_size=32, clustering="dbscan", temperature=0.1, momentum=0.2, camera_epochs=2, camera_iterations=5), "synthetic-large": {}}
@@ -226,9 +235,6 @@ class ICSR(Baseline):
     def prepare(self, t):
         "Stage 1, once."
         s = t.settings
-        for name, choices in dict(clustering=("infomap", "agglomerative", "dbscan"), nodes=("max", "last", "none"), nodes_from=("labels", "infomap")).items():
-            if getattr(s, name) not in choices: raise ValueError(f"setting {name}={getattr(s, name)!r}: expected {', '.join(choices)}")
-        if s.camera_epochs < 1: raise ValueError(f"setting camera_epochs={s.camera_epochs}: expected at least 1")
         need_cameras(t.cams)
         if s.nodes != "none": self.local = camera_labels(t)
 

@@ -21,6 +21,7 @@ from ..data import train_transform
 from ..memory import ClusterMemory, mean_update, prototypes
 from ..models import extract_features
 from ..neighbors import jaccard_similarity
+from ..training import Setting
 
 # %% ../../nbs/13_methods.mprd.ipynb #0014abcd
 def _cells(a, b):
@@ -420,7 +421,12 @@ def train_on_pairs(gcn, memory,
 # %% ../../nbs/13_methods.mprd.ipynb #0094abcd
 class Flips(training.Method):
     "What is remembered: the baseline's clusters, prototypes, a memory of every image, and the flips since the last epoch."
-    settings = dict(momentum=0.1, update="hard", temperature=0.05, compat=False)  # compat: what the released code does
+    settings = dict(
+        momentum=Setting(0.1, "weight of the old prototype in an update", low=0, high=1),
+        update=Setting("hard", "what writes a prototype: every image, or the hardest",
+                       choices=("mean", "hard")),
+        temperature=Setting(0.05, "of the softmax over all prototypes", above=0),
+        compat=Setting(False, "what the released code does"))
 
     def labels(self, t, feats):
         "DBSCAN on the sparse Jaccard similarity, as the baseline."
@@ -456,10 +462,12 @@ class Flips(training.Method):
 class PairLosses(Flips):
     "What is minimised: the mining loss and the alignment."
     settings = Flips.settings | dict(
-        alpha=0.2,             # share of a hard positive in its prototype; 0: no mixing
-        negative_weight=0.05,  # lambda, of hard negatives; 0: none
-        alignment_weight=1.0,  # of the alignment loss; 0: none, and no second view
-        tau=0.1)               # share of a hard image in the prototypes of the alignment
+        alpha=Setting(0.2, "share of a hard positive in its prototype; 0: none", low=0, high=1),
+        negative_weight=Setting(0.05, "lambda, of hard negatives; 0: none", low=0),
+        alignment_weight=Setting(1.0, "of the alignment; 0: none, and no second view", low=0),
+        tau=Setting(0.1, "share of a hard image in the alignment's prototypes", low=0, high=1),
+        alignment_temperature=Setting(
+            0.05, "of the alignment's softmax; fixed in the released code", above=0))
 
     def loss(self, t, batch):
         "Both losses of a batch; its features overwrite their rows of the memory between the two."
@@ -474,7 +482,8 @@ class PairLosses(Flips):
         partners = np.array([self.rng.choice(self.mates[i]) for i in index])
         g = F.normalize(t.model(augmented(t, partners, self.generator))[0], dim=1)
         q, r = (aligned_prototypes(self.bank.prototypes, x, y, positives, negatives, t.labels, self.memory, away, s.tau) for x in (f, g))
-        return terms | {"alignment": s.alignment_weight * alignment_loss(f, g, q, r, s.temperature)}
+        alignment = alignment_loss(f, g, q, r, s.alignment_temperature)
+        return terms | {"alignment": s.alignment_weight * alignment}
 
     def after_step(self, t, batch):
         "The hardest image of each cluster writes its prototype."
@@ -483,7 +492,10 @@ class PairLosses(Flips):
 # %% ../../nbs/13_methods.mprd.ipynb #0098abcd
 class Referee(PairLosses):
     "What is believed: a graph network, pre-trained on views of the images, strikes out flips."
-    settings = PairLosses.settings | dict(use_gcn=True, gcn_width=512, gcn_passes=1)  # its size, and passes over the images before the first epoch
+    settings = PairLosses.settings | dict(
+        use_gcn=Setting(True, "let the graph network strike out flips"),
+        gcn_width=Setting(512, "of its graph convolutions", "units", low=1),
+        gcn_passes=Setting(1, "over the images before the first epoch", "passes", low=0))
 
     def prepare(self, t):
         "The graph network, made once for the same images, weights and seed."
@@ -520,9 +532,15 @@ class Referee(PairLosses):
 # %% ../../nbs/13_methods.mprd.ipynb #0100abcd
 class MPRD(Referee):
     "Meta Pairwise Relationship Distillation (Ji et al., ICCV 2021 and TNNLS 2024): the referee learns from the pairs of every epoch."
-    settings = Referee.settings | dict(gcn_online=True)
-    datasets = {name: dict(batch_size=64, iterations=400, pooling="avg", eps=eps) for name, eps in (("market1501", 0.4), ("dukemtmcreid", 0.6), ("msmt17", 0.7))} | {
-        name: dict(temperature=0.1, momentum=0.2, gcn_width=32, gcn_passes=passes) for name, passes in (("synthetic", 2), ("synthetic-tiny", 12))} | {"synthetic-large": {}}
+    settings = Referee.settings | dict(
+        gcn_online=Setting(True, "let the graph network learn from the pairs of every epoch"))
+    published = dict(batch_size=64, iterations=400, pooling="avg")
+    rendered = dict(temperature=0.1, momentum=0.2, gcn_width=32,
+                    alignment_temperature=0.1)  # as the committed runs had it: one for both losses
+    datasets = {"market1501": published | dict(eps=0.4), "dukemtmcreid": published | dict(eps=0.6),
+                "msmt17": published | dict(eps=0.7),
+                "synthetic": rendered | dict(gcn_passes=2),
+                "synthetic-tiny": rendered | dict(gcn_passes=12), "synthetic-large": {}}
 
     def start_epoch(self, t, feats):
         super().start_epoch(t, feats)

@@ -16,7 +16,7 @@ from ..clustering import dbscan, min_similarity
 from ..memory import prototypes, soft_triplet_loss
 from ..models import create_model
 from ..neighbors import jaccard_similarity, list_agreement, neighbor_lists
-from ..training import DATASETS, Method, SYNTHETIC
+from ..training import DATASETS, Method, SYNTHETIC, Setting
 
 # %% ../../nbs/11_methods.pplr.ipynb #0016abcd
 def cross_agreement(global_features,  # N x D, unit rows
@@ -158,16 +158,20 @@ def remove_classifiers(optimizer, classifiers) -> dict:  # their rows and Adam m
 
 # %% ../../nbs/11_methods.pplr.ipynb #0059abcd
 PUBLISHED = dict(
-    height=384, width=128, pooling="avg", bn_group_size=16,       # four GPUs with 16 images each
+    height=384, width=128, pooling="avg", bn_group_size=16,  # four GPUs with 16 images each
     batch_size=64, instances=4, iterations=400, eps=0.5, eval_every=5,
-    parts=3,                       # stripes
-    k=20,                          # neighbours that agreement compares
-    beta=0.5,                      # weight of the pseudo label in PGLR; 1: no refinement
-    smoothing=0.1, aals_epoch=5,   # parts: plain smoothing, then AALS from this epoch on (counted from 0)
-    camera=False, camera_eps=0.4,  # the camera variant, and its eps
-    camera_weight=0.5, camera_temperature=0.07, hard_negatives=50,
-    rows=0,                        # 3000: the released code's table of classifiers with its stale moments
-    compat=False,                  # k2 is 6 whatever it says, and the quirks of agreement and camera loss
+    parts=Setting(3, "of the feature map, each with a head; 0: none", "stripes", low=0, high=32),
+    k=Setting(20, "that agreement compares", "neighbours", low=1),
+    beta=Setting(0.5, "weight of the pseudo label in PGLR; 1: no refinement", low=0, high=1),
+    smoothing=Setting(0.1, "of the parts' labels before AALS", low=0, high=1),
+    aals_epoch=Setting(5, "with AALS for the parts, counted from 0", "first epoch", low=0),
+    camera=Setting(False, "the variant for known cameras"),
+    camera_eps=Setting(0.4, "its eps", above=0, high=1),
+    camera_weight=Setting(0.5, "of the camera loss", low=0),
+    camera_temperature=Setting(0.07, "of the camera loss", above=0),
+    hard_negatives=Setting(50, "of other clusters in the camera loss", "proxies", low=1),
+    rows=Setting(0, "3000: the released table of classifiers, its moments stale; 0: none", low=0),
+    compat=Setting(False, "k2 is 6 whatever it says; the quirks of agreement and camera loss"),
 )
 
 # %% ../../nbs/11_methods.pplr.ipynb #0060abcd
@@ -183,6 +187,15 @@ PER_DATASET = {
 class PPLR(Method):
     "Part-based pseudo label refinement (Cho et al. 2022); `camera=True` is its variant for known cameras."
     settings, datasets, kept = PUBLISHED, PER_DATASET, None
+
+    @staticmethod
+    def check(s):
+        "No more stripes than the feature map has rows; a transformer has its part tokens or none."
+        if s.backbone.startswith("vit"): fit = (0, 3) if "pass" in s.backbone else (0,)
+        else: fit = range(1 + s.height // (8 if s.backbone == "small" else 16))
+        if s.parts not in fit:
+            raise ValueError(f"setting parts={s.parts}: expected {fit[0]} to {fit[-1]} for "
+                             f"backbone={s.backbone} and height={s.height}")
 
     def prepare(self, t):
         if t.settings.camera and t.cams is None: raise ValueError(f"camera=True, but {t.dataset.name} has no camera numbers; run without it")

@@ -17,6 +17,7 @@ from ..clustering import dbscan, min_similarity
 from ..memory import ClusterMemory, prototypes
 from ..models import create_model, load_state, read_state
 from ..neighbors import jaccard_similarity
+from ..training import Setting
 
 # %% ../../nbs/15_methods.purification.ipynb #0022abcd
 VIEWS = ("whole", "upper", "lower")
@@ -90,9 +91,11 @@ def distillation_loss(feats,        # (B x D, B x 2 x D) of the student
 # %% ../../nbs/15_methods.purification.ipynb #0062abcd
 class ThreeViews(training.Method):
     "Fused similarity, one bank per view, the whole image at test (Lan et al. 2023, feature purification): the teacher."
-    settings = dict(temperature=0.05, momentum=0.1,
-                    lambda1=0.15,  # weight of each half in the similarity
-                    lambda2=0.2)   # weight of each half in the loss
+    settings = dict(
+        temperature=Setting(0.05, "of the softmax over all prototypes", above=0),
+        momentum=Setting(0.1, "weight of the old prototype in an update", low=0, high=1),
+        lambda1=Setting(0.15, "weight of each half in the similarity", low=0, high=0.5),
+        lambda2=Setting(0.2, "weight of each half in the loss", low=0, high=1))
     datasets = {"msmt17": dict(eps=0.7), "synthetic": dict(temperature=0.1, momentum=0.2), "synthetic-large": {}}
 
     def model(self, t):
@@ -134,11 +137,12 @@ def train_teacher(t,         # state of the student's run
     return {"state_dict": {k: v.cpu() for k, v in own.model.state_dict().items()}, "history": own.history}
 
 # %% ../../nbs/15_methods.purification.ipynb #0066abcd
-TEACHER_BN = ("frozen", "batch")  # the teacher's batch norm: its running statistics, or the batch's, as released
-STUDENT = dict(mu=1.0,      # weight of the pull to the teacher
-               warm=2,      # length of the teacher's epoch at the start, in epochs; 0: none
-               teacher="",  # file of a trained teacher; empty: train one
-               teacher_bn="frozen")
+TEACHER_BN = ("frozen", "batch")  # its running statistics, or the batch's, as released
+STUDENT = dict(
+    mu=Setting(1.0, "weight of the pull to the teacher", low=0),
+    warm=Setting(2, "length of the teacher's epoch at the start; 0: none", "epochs", low=0),
+    teacher=Setting("", "file of a trained teacher; empty: train one"),
+    teacher_bn=Setting("frozen", "its batch norm; batch: as released", choices=TEACHER_BN))
 
 # %% ../../nbs/15_methods.purification.ipynb #0067abcd
 class Purification(ThreeViews):
@@ -148,15 +152,14 @@ class Purification(ThreeViews):
     def prepare(self, t):
         "The teacher: from a file, or trained, once, and found again. The warm epoch comes on top of `epochs`."
         s = t.settings
-        if s.teacher_bn not in TEACHER_BN: raise ValueError(f"setting teacher_bn={s.teacher_bn!r}: expected {' or '.join(TEACHER_BN)}")
         if not s.mu and not s.warm: return
         model, _ = create_model(s.backbone, "none", pooling=s.pooling, parts=2, bn_group_size=s.bn_group_size)
-        alone = {k: v for k, v in vars(s).items() if k not in STUDENT} | {"eval_every": s.epochs}
+        alone = {k: v for k, v in s.items() if k not in STUDENT} | {"eval_every": s.epochs}
         state = read_state(s.teacher) if s.teacher else training.stage(t, "teacher", alone, lambda folder: train_teacher(t, alone, folder))["state_dict"]
         load_state(model, state, s.teacher or "the teacher stage")
         self.teacher = SimpleNamespace(model=model.to(t.device), settings=s, device=t.device)  # what `features` and `quicken` ask for
         training.quicken(self.teacher)
-        s.epochs += s.warm > 0
+        if s.warm: t.settings = s | {"epochs": s.epochs + 1}
 
     def plan(self, t):
         "The warm epoch is longer; where there is one, no other start is held after it."
