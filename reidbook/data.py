@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGE_TYPES', 'TEMPORARY', 'CACHED_FROM', 'BOXES', 'PID_CAM', 'LAYOUTS', 'MSMT17_NAME', 'MSMT17_LISTS',
            'MSMT17_EDITIONS', 'READERS', 'MAX_PIXELS', 'ORIENTATION', 'TURNS', 'DECODED', 'MEAN', 'STD', 'UNUSUAL',
-           'COPIES', 'data_root', 'Dataset', 'column', 'scan', 'lock', 'new_temporary', 'write_atomic', 'sweep',
-           'cache_root', 'list_images', 'parse_names', 'Layout', 'looks_like', 'find_folder', 'make_table', 'relabel',
-           'read_split', 'assemble', 'read_layout', 'read_list', 'read_msmt17', 'read_luperson', 'read_folder',
-           'read_csv', 'read_synthetic', 'open_dataset', 'orientation', 'is_deep', 'upright_rgb', 'open_image',
-           'show_images', 'camera_matrix', 'Pair', 'open_pair', 'cpu_count', 'parallel', 'decode_into', 'files_key',
-           'load_images', 'dataset_digest', 'file_lines', 'test_transform', 'Draw', 'draw_augmentation',
+           'COPIES', 'data_root', 'Dataset', 'column', 'scan', 'lock', 'new_temporary', 'write_atomic', 'no_link',
+           'sweep', 'cache_root', 'list_images', 'parse_names', 'Layout', 'looks_like', 'find_folder', 'make_table',
+           'relabel', 'read_split', 'assemble', 'read_layout', 'read_list', 'read_msmt17', 'read_luperson',
+           'read_folder', 'read_csv', 'read_synthetic', 'open_dataset', 'orientation', 'is_deep', 'upright_rgb',
+           'open_image', 'show_images', 'camera_matrix', 'Pair', 'open_pair', 'cpu_count', 'parallel', 'decode_into',
+           'files_key', 'load_images', 'dataset_digest', 'file_lines', 'test_transform', 'Draw', 'draw_augmentation',
            'jitter_colours', 'augment', 'train_transform', 'deal_group', 'clusters_of', 'pk_batches',
            'released_generators', 'released_order', 'group_batches', 'shard', 'Report', 'official_counts',
            'check_counts', 'answerable', 'check_labels', 'unusual', 'Inspection', 'inspect_file', 'kind_of_copy',
            'check_files', 'check']
 
 # %% ../nbs/01_data.ipynb #0003abcd
-import errno, hashlib, importlib, io, json, math, os, re, secrets, stat, tempfile, time, warnings
+import errno, hashlib, importlib, io, json, math, os, re, secrets, tempfile, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -125,12 +125,14 @@ def new_temporary(path):
     "A new file beside `path`, open and locked: the file and its name."
     while True:
         name = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        file = open(name, "x+b")  # x: a link of that name is an error
-        if lock(file) and name.exists(): return file, name
+        file = open(name, "x+b")  # x: anything of that name, also a link, is an error
+        try: held = lock(file)
+        except OSError: held = True  # a file system without locks: `sweep` gets none either
+        if held and name.exists(): return file, name
         file.close()  # `sweep` came in between
 
 def write_atomic(path, write):
-    "Call `write(file)` with a new file beside `path`, flush it to the disk and rename it to `path`."
+    "Call `write(file)` with a new file beside `path`, flush it to the disk, rename it to `path`."
     path = Path(path)
     sweep(path.parent)
     file, name = new_temporary(path)
@@ -139,6 +141,7 @@ def write_atomic(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
+            if os.name == "nt": file.close()  # Windows renames no open file
             os.replace(name, path)
         except BaseException:
             name.unlink(missing_ok=True)  # makes room again
@@ -147,16 +150,20 @@ def write_atomic(path, write):
 # %% ../nbs/01_data.ipynb #2e8d50c7
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")  # a name that `new_temporary` makes
 
+def no_link(path, flags):
+    "Opens what has this name itself, for `open`."
+    return os.open(path, flags | os.O_NOFOLLOW)
+
 def sweep(folder):
     "Delete the temporary files in `folder` that no process holds."
     if os.name == "nt": return  # no locks, so nothing is known about them
-    with os.scandir(folder) as entries: left = [e.path for e in entries if TEMPORARY.fullmatch(e.name)]
+    with os.scandir(folder) as entries:
+        left = [e.path for e in entries if TEMPORARY.fullmatch(e.name)]
     for name in left:
         try:
-            if not stat.S_ISREG(os.lstat(name).st_mode): continue  # none of ours
-            with open(name, "r+b") as file:
+            with open(name, "r+b", opener=no_link) as file:
                 if lock(file): os.unlink(name)
-        except OSError: pass  # gone in the meantime, or another user's
+        except OSError: pass  # gone in the meantime, another user's, or no file
 
 # %% ../nbs/01_data.ipynb #0020abcd
 def cache_root() -> Path:
@@ -592,9 +599,9 @@ def _open_copy(store, shape):
 
 def load_images(paths,         # N files
                 size,          # (height, width)
-                cache=None,    # a folder: keep a memory-mapped copy there, and use it while the files are unchanged
+                cache=None,    # a folder: keep a memory-mapped copy there, used while no file changes
                 workers=None,  # threads; None: one per core
-                ) -> np.ndarray:  # N x 3 x height x width uint8; read-only when it comes from the cache
+                ) -> np.ndarray:  # N x 3 x height x width uint8; read-only from the cache
     "Every image decoded and resized (Pillow, bicubic) once."
     paths, shape = [str(p) for p in paths], (len(paths), 3, *size)
     if cache is None or not paths: return decode_into(np.empty(shape, np.uint8), paths, workers)
@@ -602,7 +609,7 @@ def load_images(paths,         # N files
     if Path(cache).is_dir(): sweep(cache)
     if (ready := _open_copy(store, shape)) is not None: return ready
     def write(file):
-        layout = dict(descr="|u1", fortran_order=False, shape=shape)
+        layout = dict(descr="|u1", fortran_order=False, shape=shape)  # of 8-bit numbers
         np.lib.format.write_array_header_1_0(file, layout)
         start, size = file.tell(), math.prod(shape)
         if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash later
@@ -613,7 +620,8 @@ def load_images(paths,         # N files
         write_atomic(store, write)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS): raise
-        warnings.warn(f"the image cache {cache} cannot be written ({error.strerror}): images are kept in memory", stacklevel=2)
+        warnings.warn(f"the image cache {cache} cannot be written ({error.strerror}): "
+                      "images are kept in memory", stacklevel=2)
         return decode_into(np.empty(shape, np.uint8), paths, workers)
     return _open_copy(store, shape)
 

@@ -152,7 +152,9 @@ IMAGENET = {"resnet18": TORCHVISION + "resnet18-f37072fd.pth", "resnet34": TORCH
             "resnet50_ibn": IBN_NET + "resnet50_ibn_a-d9d0bb7b.pth", "resnet101_ibn": IBN_NET + "resnet101_ibn_a-59ea0ac6.pth"}
 
 # %% ../nbs/03_models.ipynb #0057abcd
-SCALARS = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")] + [np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, argparse.Namespace]
+SCALARS = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
+           for core in ("core", "_core")]
+SCALARS += [np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, argparse.Namespace]
 
 # %% ../nbs/03_models.ipynb #41c0d7ea
 def what_lies_at(path):
@@ -166,41 +168,52 @@ def what_lies_at(path):
     if start.startswith(b"PK"): return "cut short or damaged, or an archive of another kind"
     try: text = start.decode()
     except UnicodeDecodeError: return "of another kind, or damaged"
-    return f"text, beginning {text[:20]!r}" if text.isprintable() or "\n" in text else "of another kind, or damaged"
+    if text.isprintable() or "\n" in text: return f"text, beginning {text[:20]!r}"
+    return "of another kind, or damaged"
 
 def load_plain(path, device="cpu"):
-    "What a torch file holds, when that is tensors and plain data; ValueError says what it is instead."
-    if not Path(path).is_file(): raise ValueError(f"{path} is {what_lies_at(path)}: expected a file that torch.save wrote")
+    "What a torch file holds: tensors and plain data; ValueError says what it is instead."
+    found = f"{path} is {what_lies_at(path)}: expected a file that torch.save wrote"
+    if not Path(path).is_file(): raise ValueError(found)
     try:
-        with torch.serialization.safe_globals(SCALARS): return torch.load(path, map_location=device, weights_only=True)
+        with torch.serialization.safe_globals(SCALARS):
+            return torch.load(path, map_location=device, weights_only=True)
     except OSError: raise  # no access
     except Exception as e:
-        if found := re.search(r"GLOBAL ([\w.]+)", str(e)):
-            raise ValueError(f"{path} holds an object of {found[1]}, and reading such a file may run code, so it was not read: "
-                             "expected tensors and plain data") from None
-    raise ValueError(f"{path} is {what_lies_at(path)}: expected a file that torch.save wrote")
+        if other := re.search(r"GLOBAL ([\w.]+)", str(e)):
+            found = (f"{path} holds an object of {other[1]}, and reading such a file may run code, "
+                     "so it was not read: expected tensors and plain data")
+    raise ValueError(found)
 
 # %% ../nbs/03_models.ipynb #0058abcd
 def read_state(path):
-    "Name -> tensor of a checkpoint file (.safetensors, or a torch file read with `weights_only=True`), `module.` stripped. FileNotFoundError without the file, ValueError in one line for a file that is something else."
+    """Name -> tensor of a checkpoint file (.safetensors, or a torch file of plain data),
+    `module.` stripped. FileNotFoundError without the file, ValueError when it is something else."""
     path = Path(path).expanduser()
     kinds = "a .safetensors, .pth or .pth.tar file"
-    if not os.path.lexists(path): raise FileNotFoundError(f"no weights file at {path}: give the path of {kinds}")
-    if not path.is_file(): raise ValueError(f"weights {path}: {what_lies_at(path)}; expected {kinds}")
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"no weights file at {path}: give the path of {kinds}")
+    if not path.is_file():
+        raise ValueError(f"weights {path}: this is {what_lies_at(path)}; expected {kinds}")
     if path.suffix == ".safetensors": return read_safetensors(path)
     state = load_plain(path)
-    for key in ("state_dict", "model", "teacher"):  # released files; this book's own checkpoints; DINO's
+    for key in ("state_dict", "model", "teacher"):  # released files; this book's own; DINO's
         if isinstance(state, dict): state = state.get(key, state)
-    tensors = {k.removeprefix("module."): v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)} if isinstance(state, dict) else {}
-    if not tensors: raise ValueError(f"weights {path}: the file holds a {type(state).__name__} without named tensors; expected a network's state_dict")
-    return tensors
+    named = state.items() if isinstance(state, dict) else ()
+    tensors = {k: v for k, v in named if isinstance(k, str) and torch.is_tensor(v)}
+    if not tensors:
+        raise ValueError(f"weights {path}: the file holds a {type(state).__name__} without named "
+                         "tensors; expected a network's state_dict")
+    return {k.removeprefix("module."): v for k, v in tensors.items()}
 
 def read_safetensors(path):
     "Name -> tensor of a .safetensors file; ValueError when it is something else."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try: return load_file(path)
-    except SafetensorError: raise ValueError(f"weights {path}: the file is {what_lies_at(path)}; expected a whole .safetensors file") from None
+    except SafetensorError: pass
+    raise ValueError(f"weights {path}: the file is {what_lies_at(path)}; "
+                     "expected a whole .safetensors file")
 
 # %% ../nbs/03_models.ipynb #0062abcd
 KINDS = {"part_token1": "a PASS transformer: backbone vit_small_pass", "patch_embed.conv.0": "a TransReID-SSL transformer with the IBN stem: backbone vit_small_ics",
