@@ -30,7 +30,8 @@ from .parallel import check, leashed
 # %% ../nbs/20b_batch.ipynb #0006abcd
 def grid(datasets, methods, seeds=(1,), settings=None) -> list:
     "Every data set with every method and every seed."
-    return [{"dataset": d, "method": m, "seed": s, "settings": dict(settings or {})} for d, m, s in itertools.product(datasets, methods, seeds)]
+    return [{"dataset": d, "method": m, "seed": s, "settings": dict(settings or {})}
+            for d, m, s in itertools.product(datasets, methods, seeds)]
 
 # %% ../nbs/20b_batch.ipynb #0009abcd
 BLOCK = ("datasets", "methods", "seeds", "settings")  # what a block of a grid file may say
@@ -68,18 +69,23 @@ def read_grid(file) -> list:
 def run_words(wanted,       # one run of `grid`
               root=None, device="auto", processes=1) -> list:
     "The words that make one run, after `reidbook`."
-    words = ["run", "--dataset", wanted["dataset"], "--method", wanted["method"], "--seed", str(wanted["seed"]), "--device", device, "--processes", str(processes)]
+    words = ["run", "--dataset", wanted["dataset"], "--method", wanted["method"],
+             "--seed", str(wanted["seed"]), "--device", device, "--processes", str(processes)]
     words += [x for k, v in wanted["settings"].items() for x in ("-p", f"{k}={json.dumps(v)}")]
     return words + (["--root", str(Path(root).absolute())] if root else [])
 
 # %% ../nbs/20b_batch.ipynb #0019abcd
 def planned(wanted, root=None, device="auto", processes=1):
-    "One run, checked: name, out (its folder), words, epochs, state, why. ValueError when it cannot be made."
+    """One run, checked: name, out (its folder), words, epochs, state, why. ValueError when it
+    cannot be made."""
     run = runs.describe(**wanted, root=root, device=device)
     check(processes, run.settings, device)
     folder = runs.runs_dir() / run.name
-    done = runs.run_status(folder)[0] == "done" and (folder / "run.ipynb").exists()
-    return SimpleNamespace(name=run.name, out=folder, words=run_words(wanted, root, device, processes), epochs=run.settings["epochs"],
+    log = folder / "log.txt"
+    if log.exists() and not log.is_file(): raise ValueError(f"{log} is no file: take it away")
+    done = runs.run_status(folder)[0] == "done" and (folder / "run.ipynb").is_file()
+    words = run_words(wanted, root, device, processes)
+    return SimpleNamespace(name=run.name, out=folder, words=words, epochs=run.settings["epochs"],
                            state="done" if done else "waiting", why="")
 
 # %% ../nbs/20b_batch.ipynb #0021abcd
@@ -100,9 +106,8 @@ def plan_batch(wanted,        # list from `grid` or `read_grid`
 # %% ../nbs/20b_batch.ipynb #0025abcd
 def progress(run) -> dict:
     "A run's row in the table: state, epochs, the last mAP."
-    try: records = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError): records = []
-    tested = [r["mAP"] for r in records if "mAP" in r]
+    records, _ = runs.read_records(run.out)
+    tested = [r["mAP"] for r in records if r.get("mAP") is not None]
     epochs = f"{len(records)}/{max(run.epochs, len(records))}"
     seconds = sum(map(runs.epoch_seconds, records))
     return {"run": run.name, "state": run.state, "epoch": epochs,
@@ -114,7 +119,8 @@ STATES = ("running", "failed", "waiting", "done")
 
 def count(batch) -> str:
     "One line: how many runs are in which state."
-    return f"{len(batch)} runs: " + ", ".join(f"{n} {s}" for s in STATES if (n := sum(r.state == s for r in batch)))
+    found = {state: sum(r.state == state for r in batch) for state in STATES}
+    return f"{len(batch)} runs: " + ", ".join(f"{n} {state}" for state, n in found.items() if n)
 
 # %% ../nbs/20b_batch.ipynb #0032abcd
 def table(batch) -> str:
@@ -129,7 +135,8 @@ def redraw(batch, stream,
            height,  # lines of the table before
            ) -> int:  # lines of this one
     "The table, in place of the last."
-    text = "\n".join(line[:shutil.get_terminal_size().columns - 1] for line in table(batch).splitlines())
+    width = shutil.get_terminal_size().columns - 1
+    text = "\n".join(line[:width] for line in table(batch).splitlines())
     print(f"\x1b[{height}A\x1b[J" * bool(height) + text, file=stream, flush=True)
     return text.count("\n") + 1
 
@@ -145,7 +152,8 @@ def report_changes(batch, stream,
 
 # %% ../nbs/20b_batch.ipynb #0040abcd
 def live(stream=None):
-    "A function that shows a batch whenever it is called: redrawn on a terminal, else only what has changed."
+    """A function that shows a batch whenever it is called: redrawn on a terminal, else only what
+    has changed."""
     stream, seen, height = stream or sys.stdout, {}, 0
     def show(batch):
         nonlocal height
@@ -159,8 +167,10 @@ def start_run(words,       # of `reidbook`
               **environment):
     "Start one run as a child of this process."
     Path(out).mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "reidbook.cli", "--leash", *words]
+    env = os.environ | {"REIDBOOK_RUNS": str(Path(out).parent)} | environment
     with open(Path(out) / "log.txt", "ab") as log:
-        return leashed([sys.executable, "-m", "reidbook.cli", "--leash", *words], stdout=log, stderr=log, env=os.environ | {"REIDBOOK_RUNS": str(Path(out).parent)} | environment)
+        return leashed(command, stdout=log, stderr=log, env=env)
 
 # %% ../nbs/20b_batch.ipynb #0044abcd
 def stop_run(child, out):
@@ -174,7 +184,8 @@ def stop_run(child, out):
 def gpu_places(gpus,     # how many there are
                jobs=None, processes=1) -> list:
     "GPUs of its own for every run, in turn."
-    groups = [",".join(str(i) for i in range(a, a + processes)) for a in range(0, gpus - processes + 1, processes)]
+    starts = range(0, gpus - processes + 1, processes)
+    groups = [",".join(str(i) for i in range(a, a + processes)) for a in starts]
     return [{"CUDA_VISIBLE_DEVICES": groups[i % len(groups)]} for i in range(jobs or len(groups))]
 
 # %% ../nbs/20b_batch.ipynb #0049abcd
@@ -191,9 +202,12 @@ def slots(jobs=None,     # runs at a time; None: one per GPU (or group of GPUs),
 def outcome(run, code):
     "State and reason of a run that has ended with this exit code."
     status, why = runs.run_status(run.out)
-    if code == 0: run.state, run.why = "done", ""; return
-    said = (run.out / "log.txt").read_text(errors="replace").splitlines() or [f"exit code {code}"]
-    run.state, run.why = "failed", f"{why if status == 'failed' else said[-1]} (see {run.out / 'log.txt'})"
+    if code == 0:
+        run.state, run.why = "done", ""
+        return
+    said = runs.last_lines(run.out / "log.txt", 1) or [f"exit code {code}"]
+    why = runs.printable(why if status == "failed" else said[-1])
+    run.state, run.why = "failed", f"{why} (see {run.out / 'log.txt'})"
 
 # %% ../nbs/20b_batch.ipynb #0055abcd
 def fill(waiting, places, running):
@@ -217,7 +231,8 @@ def run_local(batch,  # list from `plan_batch`
               places, # list from `slots`
               show=lambda batch: None,
               pause=0.5):  # seconds between two looks
-    "Run what is not done, as many at a time as there are places. Ctrl-C lets go of all and leaves them to be started again."
+    """Run what is not done, as many at a time as there are places. Ctrl-C lets go of all and
+    leaves them to be started again."""
     waiting, places, running = [r for r in batch if r.state != "done"], list(places), {}
     try:
         while waiting or running:
@@ -226,7 +241,9 @@ def run_local(batch,  # list from `plan_batch`
             show(batch)
             if running: time.sleep(pause)
     finally:
-        for run, child, _ in running.values(): stop_run(child, run.out); run.state = "waiting"
+        for run, child, _ in running.values():
+            stop_run(child, run.out)
+            run.state = "waiting"
         show(batch)
 
 # %% ../nbs/20b_batch.ipynb #0065abcd
@@ -241,18 +258,26 @@ def remote(words, out, stop):
 # %% ../nbs/20b_batch.ipynb #0067abcd
 def submit(batch, client,
            stop):      # the file that ends them all
-    "Hand out what is not done: name -> run, future. Where workers announce GPUs, each run takes one."
+    """Hand out what is not done: name -> run, future. Where workers announce GPUs, each run
+    takes one."""
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     needs = {"GPU": 1} if any("GPU" in w.get("resources", {}) for w in workers) else None
-    task = lambda r: client.submit(remote, r.words, str(r.out), str(stop), key=f"{r.name}-{uuid.uuid4().hex[:8]}", pure=False, resources=needs)
+    def task(r):
+        key = f"{r.name}-{uuid.uuid4().hex[:8]}"
+        return client.submit(remote, r.words, str(r.out), str(stop), key=key, pure=False,
+                             resources=needs)
     return {r.name: (r, task(r)) for r in batch if r.state != "done"}
 
 # %% ../nbs/20b_batch.ipynb #0069abcd
 def ended(run, future) -> bool:
     "Has it ended? What has become of it is written into its state."
-    if future.status == "pending": run.state = "running" if training.in_use(run.out, "notebook") else "waiting"; return False
+    if future.status == "pending":
+        run.state = "running" if training.in_use(run.out, "notebook") else "waiting"
+        return False
     if future.status == "finished": outcome(run, future.result())
-    else: run.state, run.why = "failed", f"{type(future.exception()).__name__}: {future.exception()}"
+    else:
+        error = future.exception()
+        run.state, run.why = "failed", f"{type(error).__name__}: {error}"
     return True
 
 # %% ../nbs/20b_batch.ipynb #0072abcd
@@ -270,7 +295,8 @@ def run_dask(batch,
              client,  # a distributed.Client
              show=lambda batch: None,
              pause=0.5):
-    "Run what is not done on Dask's workers; a lost worker's run is given to another one. Where workers announce GPUs, each run takes one."
+    """Run what is not done on Dask's workers; a lost worker's run is given to another one. Where
+    workers announce GPUs, each run takes one."""
     stop = runs.runs_dir() / f".stop-{uuid.uuid4().hex[:8]}"
     stop.parent.mkdir(parents=True, exist_ok=True)
     left = submit(batch, client, stop)
@@ -288,18 +314,22 @@ def run_dask(batch,
 def local_cluster(jobs):
     "Worker processes on this machine, one run at a time each."
     from distributed import LocalCluster
-    return LocalCluster(n_workers=jobs or 1, threads_per_worker=1, processes=True, dashboard_address=None)
+    return LocalCluster(n_workers=jobs or 1, threads_per_worker=1, processes=True,
+                        dashboard_address=None)
 
 # %% ../nbs/20b_batch.ipynb #0078abcd
 def job_cluster(kind, jobs, **options):
-    "Workers that a queueing system starts; `options` are for the tests, the rest is in dask-jobqueue's configuration."
+    """Workers that a queueing system starts; `options` are for the tests, the rest is in
+    dask-jobqueue's configuration."""
     import dask_jobqueue
     cluster = getattr(dask_jobqueue, kind)(**options)
     cluster.scale(jobs=jobs or 1)
     return cluster
 
 # %% ../nbs/20b_batch.ipynb #0080abcd
-CLUSTERS = {"local": local_cluster, "slurm": partial(job_cluster, "SLURMCluster"), "pbs": partial(job_cluster, "PBSCluster")}
+CLUSTERS = {"local": local_cluster,
+            "slurm": partial(job_cluster, "SLURMCluster"),
+            "pbs": partial(job_cluster, "PBSCluster")}
 
 # %% ../nbs/20b_batch.ipynb #0082abcd
 @contextlib.contextmanager
@@ -308,10 +338,12 @@ def workers(scheduler=None,  # address of a Dask scheduler
             jobs=None):      # workers of that cluster
     "A Dask client for the workers of a scheduler or of a new cluster."
     try: from distributed import Client
-    except ImportError: raise ValueError("Dask is not installed: pip install 'reidbook[cluster]'") from None
+    except ImportError:
+        raise ValueError("Dask is not installed: pip install 'reidbook[cluster]'") from None
     if scheduler:
         try: client = Client(scheduler, timeout="10s")
-        except (OSError, ValueError) as e: raise ValueError(f"no Dask scheduler answers at {scheduler}: {e}") from None
+        except (OSError, ValueError) as e:
+            raise ValueError(f"no Dask scheduler answers at {scheduler}: {e}") from None
         with client: yield client
         return
     with CLUSTERS[cluster](jobs) as c, Client(c) as client: yield client
@@ -332,5 +364,7 @@ def run_batch(wanted,           # list from `grid` or `read_grid`
         with workers(scheduler, cluster, jobs) as client: run_dask(batch, client, show)
     else: run_local(batch, slots(jobs, processes, device), show)
     failed = [f"{r.name}: {r.why}" for r in batch if r.state == "failed"]
-    if failed: raise RuntimeError(f"{len(failed)} of {len(batch)} runs failed; start the batch again to repeat them: " + "; ".join(failed))
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(batch)} runs failed; "
+                           "start the batch again to repeat them: " + "; ".join(failed))
     return batch

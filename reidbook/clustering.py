@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from scipy.cluster.hierarchy import linkage
 from scipy.sparse.csgraph import connected_components
 
-from .neighbors import knn
+from .neighbors import as_array, as_count, as_matrix, as_neighbors, as_number, knn
 
 # %% ../nbs/05_clustering.ipynb #0018abcd
 tie = 1e-5  # two images are close when their distance is <= eps + tie
@@ -22,19 +22,27 @@ tie = 1e-5  # two images are close when their distance is <= eps + tie
 def min_similarity(eps: float) -> float:
     """The smallest similarity that DBSCAN at this eps can still use:
     what `jaccard_similarity` may leave out is below it."""
+    eps = as_number(eps, "eps", 0)
     return max(0.0, 1 - eps - tie - 1e-6)                    # 1e-6: room for float32
+
 
 # %% ../nbs/05_clustering.ipynb #0019abcd
 def as_graph(
     similarity,         # N x N: scipy sparse, numpy or torch; absent = 0
 ) -> sp.csr_matrix:
-    "A similarity matrix as CSR; ValueError when it is not square."
-    if hasattr(similarity, "detach"): similarity = similarity.detach().cpu().numpy()
-    graph = sp.csr_matrix(similarity)
-    if graph.shape[0] != graph.shape[1]:
-        raise ValueError(f"similarity: found shape {graph.shape}, expected N x N; "
+    "A similarity matrix as CSR; ValueError when it is not square, or not numbers."
+    if not sp.issparse(similarity): similarity = as_array(similarity, "similarity")
+    if similarity.dtype == np.float16: similarity = similarity.astype(np.float32)
+    shape = similarity.shape
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ValueError(f"similarity: found shape {shape}, expected N x N; "
                          "pass the result of jaccard_similarity.")
+    graph = sp.csr_matrix(similarity)
+    if graph.dtype.kind not in "biuf" or not np.isfinite(graph.data).all():
+        raise ValueError("similarity: found NaN, Inf or something else than numbers; "
+                         "check the features it was made of.")
     return graph
+
 
 # %% ../nbs/05_clustering.ipynb #0021abcd
 def _renumber(labels):
@@ -50,6 +58,7 @@ def dbscan(
 ) -> np.ndarray:  # N int64 labels, -1 = outlier, numbered as scikit-learn does
     """DBSCAN on the sparse graph. Close means distance <= eps + 1e-5 (the tie rule);
     a border image joins its lowest-numbered cluster."""
+    eps, min_samples = as_number(eps, "eps", 0), as_count(min_samples, "min_samples")
     graph = as_graph(similarity)
     n = graph.shape[0]
     if eps + tie >= 1:                                       # absent pairs are close too
@@ -106,9 +115,7 @@ def agglomerative(
     refused with a ValueError where the machine has less."""
     graph = as_graph(similarity)
     n = graph.shape[0]
-    if not 1 <= n_clusters <= n:
-        raise ValueError(f"n_clusters: found {n_clusters}, expected 1 to {n}, "
-                         "the number of images.")
+    n_clusters = as_count(n_clusters, "n_clusters (as many as images at most)", 1, n)
     if n == 1: return np.zeros(1, np.int64)
     need, free = 8.0 * n * n, _free_memory()
     if need > free:
@@ -129,8 +136,10 @@ def infomap_links(
     min_similarity: float = 0.5,                             # cosine an edge needs
 ):                                                           # (from, to, weight), E each
     "Directed edges i -> j between different images, weight = cosine (Cluster Contrast, ICSR)."
+    similarities, indices = as_neighbors((similarities, indices))
+    min_similarity = as_number(min_similarity, "min_similarity")
     row = np.repeat(np.arange(len(indices)), indices.shape[1])
-    col, weight = np.asarray(indices).ravel(), np.asarray(similarities, np.float64).ravel()
+    col, weight = indices.ravel(), similarities.astype(np.float64).ravel()
     keep = (weight >= min_similarity) & (row != col)
     return row[keep], col[keep], weight[keep]
 
@@ -159,6 +168,7 @@ def infomap(
     repeatable for one version of the package and one image order.
     ValueError when the package is missing."""
     Infomap = _infomap_class()
+    features, min_size = as_matrix(features), as_count(min_size, "min_size")
     row, col, weight = infomap_links(*knn(features, k, device=device), min_similarity)
     n = len(features)
     labels = np.full(n, -1, np.int64)

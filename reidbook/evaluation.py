@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from . import neighbors
 from .data import open_image
-from .neighbors import as_matrix, compiled, full_precision, in_threads, products
+from .neighbors import (
+    as_array, as_count, as_ids, as_matrix, compiled, full_precision, in_threads, products)
 
 # %% ../nbs/08_evaluation.ipynb #0024abcd
 @compiled
@@ -23,14 +24,14 @@ def _count(s, ptr, values, found, lo, hi):
     "found[p] = how many entries of its row are >= values[p]; values ascend within a row."
     for r in range(lo, hi):
         begin, end = ptr[r], ptr[r + 1]
-        if end - begin <= 32:                                # few thresholds: compare with each, many entries at a time
+        if end - begin <= 32:  # few thresholds: compare with each, many entries at a time
             for c0 in range(0, s.shape[1], 4096):
                 c1 = min(c0 + 4096, s.shape[1])
                 for p in range(begin, end):
                     n, v = np.int32(0), values[p]
                     for c in range(c0, c1): n += s[r, c] >= v
                     found[p] += n
-        else:                                                # many: binary search of each entry, then running sums
+        else:  # many: binary search of each entry, then running sums
             for c in range(s.shape[1]):
                 x = s[r, c]
                 if x >= values[begin]:
@@ -44,7 +45,8 @@ def _count(s, ptr, values, found, lo, hi):
 
 # %% ../nbs/08_evaluation.ipynb #0028abcd
 def _count_torch(s, ptr, values):
-    "The same with torch on any device: binary search among the sorted positives of the row, then running sums."
+    """The same with torch on any device: binary search among the sorted positives of the row,
+    then running sums."""
     width = int(np.diff(ptr).max(initial=0))
     if not width: return np.zeros(0, np.int64)
     row = np.repeat(np.arange(len(ptr) - 1), np.diff(ptr))
@@ -58,31 +60,29 @@ def _count_torch(s, ptr, values):
     return at_least[row, at]
 
 # %% ../nbs/08_evaluation.ipynb #0031abcd
-def _ids(values, n, name):
-    "Identities or cameras as an int64 vector of length n."
-    values = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
-    if values.shape != (n,): raise ValueError(f"{name}: found shape {values.shape}, expected ({n},), one per row of features.")
-    return values.astype(np.int64)
-
 class _Pairs:
     "For any query: the gallery rows of its identity, split into those to find and those to ignore."
     def __init__(self, q_pids, g_pids, q_cams, g_cams):
         self.q_cams, self.g_cams = q_cams, g_cams
         self.order = np.argsort(g_pids, kind="stable")
         ordered = g_pids[self.order]
-        self.begin, self.end = np.searchsorted(ordered, q_pids, "left"), np.searchsorted(ordered, q_pids, "right")
+        self.begin = np.searchsorted(ordered, q_pids, "left")
+        self.end = np.searchsorted(ordered, q_pids, "right")
 
     def block(self, rows):
         "(row within the block, gallery index, is it junk) for all pairs of one identity."
         length = (self.end - self.begin)[rows]
         row = np.repeat(np.arange(len(rows)), length)
-        col = self.order[np.arange(length.sum()) + np.repeat(self.begin[rows] - np.cumsum(length) + length, length)]
-        junk = np.zeros(len(row), bool) if self.q_cams is None else self.q_cams[rows][row] == self.g_cams[col]
+        first = np.repeat(self.begin[rows] - np.cumsum(length) + length, length)
+        col = self.order[np.arange(length.sum()) + first]
+        if self.q_cams is None: junk = np.zeros(len(row), bool)
+        else: junk = self.q_cams[rows][row] == self.g_cams[col]
         return row, col, junk
 
 # %% ../nbs/08_evaluation.ipynb #0034abcd
 def _block_scores(s, pairs, rows):
-    "AP, 0-based rank of the first hit and INP for one block of similarities (changed in place: junk becomes -inf)."
+    """AP, 0-based rank of the first hit and INP for one block of similarities (changed in place:
+    junk becomes -inf)."""
     row, col, junk = pairs.block(rows)
     if isinstance(s, np.ndarray):
         s[row[junk], col[junk]] = -np.inf
@@ -100,11 +100,13 @@ def _block_scores(s, pairs, rows):
         above = np.zeros(len(value), np.int64)
         in_threads(lambda lo, hi: _count(s, ptr, value, above, lo, hi), len(rows), step=16)
     else: above = _count_torch(s, ptr, value)
-    new = np.ones(len(row), bool)                            # equal positives of a query form one group, as scikit-learn's thresholds do
+    # equal positives of a query form one group, as scikit-learn's thresholds do
+    new = np.ones(len(row), bool)
     new[1:] = (row[1:] != row[:-1]) | (value[1:] != value[:-1])
     start = np.flatnonzero(new)[np.cumsum(new) - 1]
     hits = ptr[row + 1] - start                              # correct images at least this similar
-    ap, first, inp = np.full(len(rows), np.nan), np.zeros(len(rows), np.int64), np.full(len(rows), np.nan)
+    ap, inp = np.full(len(rows), np.nan), np.full(len(rows), np.nan)
+    first = np.zeros(len(rows), np.int64)
     ok = count > 0
     ap[ok] = np.bincount(row, hits / np.maximum(above, 1), len(rows))[ok] / count[ok]
     best = ptr[1:][ok] - 1
@@ -113,13 +115,15 @@ def _block_scores(s, pairs, rows):
 
 # %% ../nbs/08_evaluation.ipynb #0036abcd
 def _similarity_blocks(q, g, device, room=None):
-    "(rows, similarities) for blocks of queries: inner product, or -d²/2 up to a constant per query where lengths differ."
+    """(rows, similarities) for blocks of queries: inner product, or -d²/2 up to a constant per
+    query where lengths differ."""
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
     on_cpu = torch.device(device).type == "cpu"
     half = np.einsum("nd,nd->n", g, g) / 2
     offset = None if np.ptp(half) < 1e-3 else torch.from_numpy(half).to(device)
     compiled = on_cpu and neighbors.numba is not None
-    room = room or (128e6 if compiled else 16e6 if on_cpu else 1e9)         # bytes of similarities at a time
+    # bytes of similarities at a time
+    room = room or (128e6 if compiled else 16e6 if on_cpu else 1e9)
     size = int(np.clip(room // (4 * len(g)), 16, 4096)) // 16 * 16
     tq, tg = torch.from_numpy(q).to(device), torch.from_numpy(g).to(device)
     buffer = torch.empty(size * len(g), dtype=torch.float32, device=device)
@@ -133,7 +137,8 @@ def _similarity_blocks(q, g, device, room=None):
 # %% ../nbs/08_evaluation.ipynb #0038abcd
 @dataclass(repr=False)
 class Evaluation:
-    "What a retrieval scored; `ap` has one entry per query, NaN where no correct image was left to find."
+    """What a retrieval scored; `ap` has one entry per query, NaN where no correct image was left
+    to find."""
     mAP: float
     cmc: np.ndarray                                          # cmc[0] = rank-1, cmc[4] = rank-5, ...
     mINP: float
@@ -150,19 +155,25 @@ class Evaluation:
 
     def __repr__(self):
         counted = f"{self.valid.sum()} of {len(self.ap)} queries"
-        return f"Evaluation(mAP {self.mAP:.3f}, rank-1 {self.rank(1):.3f}, mINP {self.mINP:.3f}, {counted})"
+        return (f"Evaluation(mAP {self.mAP:.3f}, rank-1 {self.rank(1):.3f}, "
+                f"mINP {self.mINP:.3f}, {counted})")
 
     def _repr_markdown_(self):
         values = [self.mAP, self.rank(1), self.rank(5), self.rank(10), self.mINP]
-        return ("| mAP | rank-1 | rank-5 | rank-10 | mINP | queries |\n|--:|--:|--:|--:|--:|--:|\n| "
-                + " | ".join(f"{100 * v:.1f}" for v in values) + f" | {self.valid.sum()} of {len(self.ap)} |")
+        head = "| mAP | rank-1 | rank-5 | rank-10 | mINP | queries |\n|--:|--:|--:|--:|--:|--:|\n"
+        shown = " | ".join(f"{100 * v:.1f}" for v in values)
+        return f"{head}| {shown} | {self.valid.sum()} of {len(self.ap)} |"
 
 # %% ../nbs/08_evaluation.ipynb #0039abcd
 def _gather(blocks, q, g, q_pids, g_pids, q_cams, g_cams, top, slow):
     "Scores of all queries from (rows, similarities) blocks."
-    if (q_cams is None) != (g_cams is None): raise ValueError("q_cams, g_cams: give both or neither; without cameras nothing is ignored.")
-    cams = (None, None) if q_cams is None else (_ids(q_cams, q, "q_cams"), _ids(g_cams, g, "g_cams"))
-    pairs = _Pairs(_ids(q_pids, q, "q_pids"), _ids(g_pids, g, "g_pids"), *cams)
+    top = as_count(top, "top", 1, 10**6)
+    if (q_cams is None) != (g_cams is None):
+        raise ValueError("q_cams, g_cams: give both or neither; "
+                         "without cameras nothing is ignored.")
+    if q_cams is not None:
+        q_cams, g_cams = as_ids(q_cams, "q_cams", q), as_ids(g_cams, "g_cams", g)
+    pairs = _Pairs(as_ids(q_pids, "q_pids", q), as_ids(g_pids, "g_pids", g), q_cams, g_cams)
     ap, first, inp = np.empty(q), np.empty(q, np.int64), np.empty(q)
     with tqdm(total=q, desc="evaluate", leave=False, disable=not slow) as bar:
         for rows, s in blocks:
@@ -170,8 +181,10 @@ def _gather(blocks, q, g, q_pids, g_pids, q_cams, g_cams, top, slow):
             bar.update(len(rows))
     ok = ~np.isnan(ap)
     if not ok.any():
-        raise ValueError(f"evaluate: none of the {q} queries has a correct gallery image left (same identity, another camera); "
-                         "check that q_pids and g_pids share identities and that the cameras differ.")
+        raise ValueError(f"evaluate: none of the {q} queries has a correct gallery image left "
+                         "(same identity, another camera); "
+                         "check that q_pids and g_pids share identities and that the "
+                         "cameras differ.")
     cmc = np.cumsum(np.bincount(np.minimum(first[ok], top), minlength=top + 1)[:top]) / ok.sum()
     return Evaluation(float(ap[ok].mean()), cmc, float(inp[ok].mean()), ap)
 
@@ -180,31 +193,41 @@ def evaluate(
     query,                                                   # Q x D features, numpy or torch
     gallery,                                                 # G x D
     q_pids, g_pids,                                          # Q and G identities
-    q_cams=None, g_cams=None,                                # Q and G cameras; None: nothing is ignored
+    q_cams=None, g_cams=None,  # Q and G cameras; None: nothing is ignored
     *,
     top: int = 100,                                          # ranks in the CMC curve
     device="auto",
 ) -> Evaluation:
-    """mAP, CMC and mINP (Market-1501 protocol): gallery images of the query's identity *and* camera are ignored.
+    """mAP, CMC and mINP (Market-1501 protocol): gallery images of the query's identity *and* camera
+    are ignored.
 
-    Nearest first by Euclidean distance (inner product for unit rows). Equal similarities: AP groups them as scikit-learn's
-    average_precision_score does; CMC and mINP count every equally similar wrong image as nearer. ValueError when shapes do not fit, or no query has anything to find."""
+    Nearest first by Euclidean distance (inner product for unit rows). Equal similarities:
+    AP groups them as scikit-learn's average_precision_score does;
+    CMC and mINP count every equally similar wrong image as nearer.
+    ValueError when shapes do not fit, or no query has anything to find."""
     q, g = as_matrix(query, "query"), as_matrix(gallery, "gallery")
-    if q.shape[1] != g.shape[1]: raise ValueError(f"evaluate: query has {q.shape[1]} columns, gallery {g.shape[1]}; use one model.")
+    if q.shape[1] != g.shape[1]:
+        raise ValueError(f"evaluate: query has {q.shape[1]} columns, gallery {g.shape[1]}; "
+                         "use one model.")
     slow = len(q) * len(g) * q.shape[1] > 5e11
-    return _gather(_similarity_blocks(q, g, device), len(q), len(g), q_pids, g_pids, q_cams, g_cams, top, slow)
+    return _gather(_similarity_blocks(q, g, device), len(q), len(g), q_pids, g_pids, q_cams,
+                   g_cams, top, slow)
 
 # %% ../nbs/08_evaluation.ipynb #0056abcd
 def evaluate_distances(
-    distances,                                               # Q x G, smaller = nearer, e.g. from `re_rank`
+    distances,  # Q x G, smaller = nearer, e.g. from `re_rank`
     q_pids, g_pids, q_cams=None, g_cams=None,
     *,
     top: int = 100,
 ) -> Evaluation:
     "`evaluate` for distances that are already there; the same errors."
-    d = np.asarray(distances)
-    if d.ndim != 2: raise ValueError(f"distances: found shape {d.shape}, expected Q x G.")
-    blocks = ((np.arange(a, min(a + 256, len(d))), -d[a:a + 256].astype(np.float32)) for a in range(0, len(d), 256))
+    d = as_array(distances, "distances")
+    if d.ndim != 2 or not d.size:
+        raise ValueError(f"distances: found shape {d.shape}, expected Q x G, at least one of each.")
+    if not -1e38 < d.min() <= d.max() < 1e38:  # NaN is neither less nor greater
+        raise ValueError("distances: found NaN, Inf or 1e38 and more, expected finite numbers.")
+    blocks = ((np.arange(a, min(a + 256, len(d))), -d[a:a + 256].astype(np.float32))
+              for a in range(0, len(d), 256))
     if neighbors.numba is None: blocks = ((rows, torch.from_numpy(s)) for rows, s in blocks)
     return _gather(blocks, *d.shape, q_pids, g_pids, q_cams, g_cams, top, False)
 
@@ -216,14 +239,26 @@ def rank_lists(
     *,
     rows=None,                                               # which queries; default all
     device="auto",
-) -> np.ndarray:                                             # R x k gallery indices, nearest first; -1 where the gallery ends
-    "The first k gallery images of each query, images of the query's own identity and camera left out."
+) -> np.ndarray:  # R x k gallery indices, nearest first; -1 where the gallery ends
+    """The first k gallery images of each query, images of the query's own identity and camera
+    left out."""
     q, g = as_matrix(query, "query"), as_matrix(gallery, "gallery")
-    rows = np.arange(len(q)) if rows is None else np.atleast_1d(rows)
+    if q.shape[1] != g.shape[1]:
+        raise ValueError(f"rank_lists: query has {q.shape[1]} columns, gallery {g.shape[1]}; "
+                         "use one model for both.")
+    rows = np.arange(len(q)) if rows is None else np.atleast_1d(as_array(rows, "rows"))
+    if rows.dtype == bool:
+        raise ValueError("rows: found a mask, expected row numbers; use np.flatnonzero(mask).")
+    rows, k = as_ids(rows, "rows", None, 0, len(q) - 1), as_count(k, "k", 1, 10**6)
     out = np.full((len(rows), k), -1, np.int64)
     pairs = None
-    if q_cams is not None and q_pids is not None:
-        pairs = _Pairs(np.asarray(q_pids)[rows], np.asarray(g_pids), np.asarray(q_cams)[rows], np.asarray(g_cams))
+    if q_cams is not None or g_cams is not None:
+        if any(ids is None for ids in (q_pids, g_pids, q_cams, g_cams)):
+            raise ValueError("q_pids, g_pids, q_cams, g_cams: "
+                             "give all four to skip junk, or no cameras.")
+        pairs = _Pairs(as_ids(q_pids, "q_pids", len(q))[rows], as_ids(g_pids, "g_pids", len(g)),
+                       as_ids(q_cams, "q_cams", len(q))[rows], as_ids(g_cams, "g_cams", len(g)))
+    if not len(rows): return out
     for at, s in _similarity_blocks(q[rows], g, device):
         s = torch.as_tensor(s).cpu()
         if pairs is not None:
@@ -236,21 +271,23 @@ def rank_lists(
 # %% ../nbs/08_evaluation.ipynb #0061abcd
 def _picture(image):
     "An image to show: a path, or an array 3 x H x W or H x W x 3."
-    if isinstance(image, np.ndarray): return image.transpose(1, 2, 0) if image.shape[0] == 3 else image
+    if isinstance(image, np.ndarray):
+        return image.transpose(1, 2, 0) if image.shape[0] == 3 else image
     return np.asarray(open_image(image))
 
 def plot_rank_lists(
     query_images,                                            # R paths or arrays
     gallery_images,                                          # G paths or arrays
-    order,                                                   # R x k gallery indices (`rank_lists`), -1 = nothing
-    q_pids=None, g_pids=None,                                # R and G identities: right gets a blue frame, wrong a vermillion one
+    order,  # R x k gallery indices (`rank_lists`), -1 = nothing
+    q_pids=None, g_pids=None,  # R and G identities: right gets a blue frame, wrong a vermillion one
     *,
     height: float = 1.1,                                     # inches per row
 ):
     "A contact sheet: the query at left, its nearest gallery images to the right."
     order = np.atleast_2d(order)
     rows, columns = len(order), order.shape[1] + 1
-    fig, axes = plt.subplots(rows, columns, figsize=(0.62 * height * (columns + 0.2), height * rows), squeeze=False)
+    size = 0.62 * height * (columns + 0.2), height * rows
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for i, row in enumerate(axes):
         for j, ax in enumerate(row):
             ax.set(xticks=[], yticks=[])
@@ -260,7 +297,10 @@ def plot_rank_lists(
                 ax.axis("off")
                 continue
             ax.imshow(_picture(query_images[i] if j == 0 else gallery_images[g]), aspect="auto")
-            color = "black" if j == 0 else "0.6" if q_pids is None else "C0" if q_pids[i] == g_pids[g] else "C1"
-            for side in ax.spines.values(): side.set(visible=True, color=color, linewidth=1 if j == 0 else 2.5)
+            if j == 0: color = "black"
+            elif q_pids is None: color = "0.6"
+            else: color = "C0" if q_pids[i] == g_pids[g] else "C1"
+            for side in ax.spines.values():
+                side.set(visible=True, color=color, linewidth=1 if j == 0 else 2.5)
             if i == 0: ax.set_title("query" if j == 0 else str(j), loc="center", fontsize=8)
     return fig

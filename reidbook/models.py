@@ -308,6 +308,12 @@ def extract_features(model,           # gives (global, parts) for a batch, as Re
                      device="auto",
                      ) -> Features:
     "Features of all images in evaluation mode, each head L2-normalised on its own; the model's mode is left as it was."
+    found = tuple(getattr(images, "shape", ())), str(getattr(images, "dtype", type(images)))
+    if len(found[0]) != 4 or 0 in found[0] or found[1] not in ("uint8", "torch.uint8"):
+        raise ValueError(f"images: found shape {found[0]} of {found[1]}, "
+                         "expected N x 3 x H x W uint8, N at least 1, as load_images returns.")
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f"batch_size: found {batch_size!r}, expected a whole number, at least 1.")
     device, training = pick_device(device), model.training
     model.to(device).eval()
     globals_, parts = [], []

@@ -15,15 +15,7 @@ import numpy as np
 import pandas as pd
 import matplotlib.pyplot as plt
 
-# %% ../nbs/06_noise.ipynb #0024abcd
-def _ints(values, name: str) -> np.ndarray:
-    "One int64 per image, from numpy, torch (any device) or a list."
-    if hasattr(values, "detach"): values = values.detach().cpu().numpy()
-    values = np.asarray(values)
-    if values.ndim != 1: raise ValueError(f"{name} has shape {values.shape}: one number per image is needed, shape (N,)")
-    whole = values.dtype.kind in "iub" or (values.dtype.kind == "f" and np.array_equal(values, np.trunc(values)))
-    if not whole: raise ValueError(f"{name} holds {values.dtype} values that are not whole numbers: give int64, -1 for an outlier")
-    return values.astype(np.int64)
+from .neighbors import as_count, as_ids
 
 # %% ../nbs/06_noise.ipynb #0025abcd
 class Contingency(NamedTuple):
@@ -39,10 +31,12 @@ class Contingency(NamedTuple):
 def contingency(labels,  # N pseudo labels, -1 = outlier
                 pids,    # N true identities
                 ) -> Contingency:
-    "Count the images of each (cluster, identity) pair; memory grows with the images, never with their square. ValueError when the lengths differ."
-    labels, pids = _ints(labels, "labels"), _ints(pids, "pids")
+    """Count the images of each (cluster, identity) pair;
+    memory grows with the images, never with their square. ValueError when the lengths differ."""
+    labels, pids = as_ids(labels, "labels"), as_ids(pids, "pids")
     if len(labels) != len(pids):
-        raise ValueError(f"{len(labels)} labels but {len(pids)} identities: one of each per image, in the same order")
+        raise ValueError(f"{len(labels)} labels but {len(pids)} identities: one of each per image, "
+                         "in the same order")
     kept = labels >= 0
     clusters, c = np.unique(labels[kept], return_inverse=True)
     identities, p = np.unique(pids[kept], return_inverse=True)
@@ -74,9 +68,12 @@ class LabelQuality:
     def _repr_markdown_(self) -> str:
         rows = [("pairwise", self.pairwise_precision, self.pairwise_recall, self.pairwise_f),
                 ("BCubed", self.bcubed_precision, self.bcubed_recall, self.bcubed_f)]
-        table = ["| | precision | recall | F |", "|---|--:|--:|--:|"] + [f"| {n} | {p:.3f} | {r:.3f} | {f:.3f} |" for n, p, r, f in rows]
-        return "\n".join(table) + (f"\n\nNMI {self.nmi:.3f}, ARI {self.ari:.3f}; {self.clusters} clusters for {self.identities} "
-                                   f"identities, {self.images} images labelled, {self.outliers} outliers")
+        head = ["| | precision | recall | F |", "|---|--:|--:|--:|"]
+        table = head + [f"| {n} | {p:.3f} | {r:.3f} | {f:.3f} |" for n, p, r, f in rows]
+        said = (f"NMI {self.nmi:.3f}, ARI {self.ari:.3f}; {self.clusters} clusters for "
+                f"{self.identities} identities, {self.images} images labelled, "
+                f"{self.outliers} outliers")
+        return "\n".join(table) + "\n\n" + said
 
 # %% ../nbs/06_noise.ipynb #0031abcd
 def _ratio(a, b) -> float: return float(a / b) if b else 0.0
@@ -91,10 +88,13 @@ def label_quality(labels,  # N pseudo labels, numpy or torch; -1 = outlier, left
     t = contingency(labels, pids)
     count = t.count.astype(np.float64)
     n = count.sum()
-    size, images = np.bincount(t.cluster, count), np.bincount(t.identity, count)  # per cluster, per identity
-    together, same, both = (size ** 2).sum() - n, (images ** 2).sum() - n, (count ** 2).sum() - n  # ordered pairs
+    # per cluster, per identity
+    size, images = np.bincount(t.cluster, count), np.bincount(t.identity, count)
+    # ordered pairs
+    together, same, both = (size ** 2).sum() - n, (images ** 2).sum() - n, (count ** 2).sum() - n
     p, r = _ratio(both, together), _ratio(both, same)
-    bp, br = _ratio((count ** 2 / size[t.cluster]).sum(), n), _ratio((count ** 2 / images[t.identity]).sum(), n)
+    bp = _ratio((count ** 2 / size[t.cluster]).sum(), n)
+    br = _ratio((count ** 2 / images[t.identity]).sum(), n)
     nmi = ari = 0.0
     if n:
         h = (_entropy(size, n) + _entropy(images, n)) / 2
@@ -102,11 +102,13 @@ def label_quality(labels,  # N pseudo labels, numpy or torch; -1 = outlier, left
         nmi = float(np.clip(information / h, 0, 1)) if h > 0 else 1.0
         chance, most = _ratio(together * same, n * (n - 1)), (together + same) / 2
         ari = float((both - chance) / (most - chance)) if most != chance else 1.0
-    return LabelQuality(p, r, _f(p, r), bp, br, _f(bp, br), nmi, ari, len(t.clusters), len(t.identities), int((t.cell < 0).sum()), int(n))
+    return LabelQuality(p, r, _f(p, r), bp, br, _f(bp, br), nmi, ari, len(t.clusters),
+                        len(t.identities), int((t.cell < 0).sum()), int(n))
 
 # %% ../nbs/06_noise.ipynb #0048abcd
 KINDS = ("right", "split", "camera split", "merged", "outlier")
-COLOURS = dict(zip(KINDS, ("#0072B2", "#E69F00", "#F0E442", "#D55E00", "#BBBBBB")))  # right blue, wrong in warm colours
+# right blue, wrong in warm colours
+COLOURS = dict(zip(KINDS, ("#0072B2", "#E69F00", "#F0E442", "#D55E00", "#BBBBBB")))
 
 # %% ../nbs/06_noise.ipynb #0049abcd
 def _first_max(group, count) -> np.ndarray:
@@ -121,15 +123,19 @@ def noise_kinds(labels,     # N pseudo labels, -1 = outlier
                 ) -> np.ndarray:  # N strings out of KINDS
     "Which mistake, if any, each image's label is. ValueError when the lengths differ."
     t = contingency(labels, pids)
-    owner, home = t.identity[_first_max(t.cluster, t.count)], t.cluster[_first_max(t.identity, t.count)]
+    owner = t.identity[_first_max(t.cluster, t.count)]
+    home = t.cluster[_first_max(t.identity, t.count)]
     owned, at_home = owner[t.cluster] == t.identity, home[t.identity] == t.cluster
     of_cell = np.select([owned & at_home, owned], [0, 1], 3)
     if cams is not None:
-        cams, pids = _ints(cams, "cams"), _ints(pids, "pids")
+        cams, pids = as_ids(cams, "cams"), as_ids(pids, "pids")
         if len(cams) != len(t.cell):
-            raise ValueError(f"{len(cams)} cameras but {len(t.cell)} labels: one of each per image, in the same order")
+            raise ValueError(f"{len(cams)} cameras but {len(t.cell)} labels: "
+                             "one of each per image, in the same order")
         kept = t.cell >= 0
-        seen = lambda group, n: np.bincount(np.unique(np.stack([group, cams[kept]]), axis=1)[0], minlength=n)
+        def seen(group, n):  # how many cameras see each
+            pairs = np.unique(np.stack([group, cams[kept]]), axis=1)
+            return np.bincount(pairs[0], minlength=n)
         one = seen(t.cell[kept], len(t.count)) == 1  # a cell of one camera
         several = seen(t.identity[t.cell[kept]], len(t.identities)) > 1  # a person of several
         of_cell[(of_cell == 1) & one & (t.count > 1) & several[t.identity]] = 2
@@ -139,8 +145,10 @@ def noise_kinds(labels,     # N pseudo labels, -1 = outlier
 class NoiseTables(NamedTuple):
     "What `noise_table` found; `kinds` is shown when a cell ends with it."
     kinds: pd.DataFrame       # one row per kind of mistake: images, share
-    clusters: pd.DataFrame    # one row per cluster: size, owner, precision, identities, cameras, merged, split
-    identities: pd.DataFrame  # one row per person: images, outliers, clusters, home, recall, camera_splits
+    # one row per cluster: size, owner, precision, identities, cameras, merged, split
+    clusters: pd.DataFrame
+    # one row per person: images, outliers, clusters, home, recall, camera_splits
+    identities: pd.DataFrame
 
     def _repr_markdown_(self) -> str:
         rows = [f"| {k} | {int(r.images)} | {r.share:.1%} |" for k, r in self.kinds.iterrows()]
@@ -154,14 +162,19 @@ def _cluster_table(t, kinds, cams) -> pd.DataFrame:
     "One row per cluster."
     size, best = np.bincount(t.cluster, t.count).astype(int), _first_max(t.cluster, t.count)
     home = t.cluster[_first_max(t.identity, t.count)]
-    table = pd.DataFrame({"cluster": t.clusters, "size": size, "owner": t.identities[t.identity[best]], "precision": t.count[best] / size,
-                          "identities": np.bincount(t.cluster), "merged": np.bincount(t.cluster) > 1,
+    table = pd.DataFrame({"cluster": t.clusters, "size": size,
+                          "owner": t.identities[t.identity[best]],
+                          "precision": t.count[best] / size,
+                          "identities": np.bincount(t.cluster),
+                          "merged": np.bincount(t.cluster) > 1,
                           "split": home[t.identity[best]] != np.arange(len(size))})
     if cams is not None:
         kept = t.cell >= 0
         of = t.cluster[t.cell[kept]]
-        table["cameras"] = np.bincount(np.unique(np.stack([of, _ints(cams, "cams")[kept]]), axis=1)[0], minlength=len(size))
-        table["camera_split"] = np.bincount(of, kinds[kept] == "camera split", minlength=len(size)) > 0
+        seen = np.unique(np.stack([of, as_ids(cams, "cams")[kept]]), axis=1)
+        table["cameras"] = np.bincount(seen[0], minlength=len(size))
+        table["camera_split"] = np.bincount(of, kinds[kept] == "camera split",
+                                            minlength=len(size)) > 0
     return table.set_index("cluster")
 
 # %% ../nbs/06_noise.ipynb #0061abcd
@@ -169,7 +182,8 @@ def _identity_table(t, pids, kinds) -> pd.DataFrame:
     "One row per true identity, those that are all outliers included."
     names, of = np.unique(pids, return_inverse=True)
     column = lambda name: np.bincount(of, kinds == name, minlength=len(names)).astype(int)
-    table = pd.DataFrame({"identity": names, "images": np.bincount(of), **{k.replace(" ", "_"): column(k) for k in KINDS}})
+    table = pd.DataFrame({"identity": names, "images": np.bincount(of),
+                          **{k.replace(" ", "_"): column(k) for k in KINDS}})
     at, best = np.searchsorted(names, t.identities), _first_max(t.identity, t.count)
     table["clusters"], table["home"], table["recall"] = 0, -1, 0.0
     table.loc[at, "clusters"] = np.bincount(t.identity)
@@ -185,27 +199,34 @@ def noise_table(labels,     # N pseudo labels, -1 = outlier
     "The taxonomy of label noise, per image kind, per cluster and per person."
     kinds, t = noise_kinds(labels, pids, cams), contingency(labels, pids)
     count = np.array([(kinds == k).sum() for k in KINDS])
-    shares = pd.DataFrame({"label is": KINDS, "images": count, "share": count / max(len(kinds), 1)}).set_index("label is")
-    return NoiseTables(shares, _cluster_table(t, kinds, cams), _identity_table(t, _ints(pids, "pids"), kinds))
+    shares = pd.DataFrame({"label is": KINDS, "images": count,
+                           "share": count / max(len(kinds), 1)}).set_index("label is")
+    identities = _identity_table(t, as_ids(pids, "pids"), kinds)
+    return NoiseTables(shares, _cluster_table(t, kinds, cams), identities)
 
 # %% ../nbs/06_noise.ipynb #0070abcd
 def plot_kinds(labels,     # N labels, or a dict name -> labels to compare
                pids,       # N true identities
                cams=None,  # N cameras, optional
                ax=None):
-    "One bar per labelling: the share of images that are right, split, merged, outliers. Returns the axes."
+    """One bar per labelling: the share of images that are right, split, merged, outliers.
+    Returns the axes."""
     sets = labels if isinstance(labels, dict) else {"labels": labels}
     ax = ax or plt.subplots(figsize=(6.4, .8 + .35 * len(sets)))[1]
-    shares = pd.DataFrame({name: noise_table(l, pids, cams).kinds.share for name, l in sets.items()})
+    shares = pd.DataFrame({name: noise_table(l, pids, cams).kinds.share
+                           for name, l in sets.items()})
     left = np.zeros(len(sets))
     for kind in KINDS:
         share = shares.loc[kind].to_numpy()
-        if share.any(): ax.barh(range(len(sets)), share, left=left, color=COLOURS[kind], edgecolor="white", label=kind)
+        if share.any():
+            ax.barh(range(len(sets)), share, left=left, color=COLOURS[kind],
+                    edgecolor="white", label=kind)
         left += share
     ax.set(yticks=range(len(sets)), yticklabels=list(sets), xlim=(0, 1), xlabel="share of images")
     ax.invert_yaxis()
     ax.grid(False)
-    ax.legend(ncols=5, loc="lower left", bbox_to_anchor=(0, 1), fontsize="small", handlelength=1, columnspacing=1)
+    ax.legend(ncols=5, loc="lower left", bbox_to_anchor=(0, 1), fontsize="small", handlelength=1,
+              columnspacing=1)
     return ax
 
 # %% ../nbs/06_noise.ipynb #0071abcd
@@ -213,8 +234,9 @@ def plot_composition(labels,    # N labels
                      pids,      # N true identities
                      top=40,    # the largest clusters are drawn, this many
                      ax=None):
-    "One bar per cluster, largest first, stacked by person: the owner blue, everybody else vermillion. Returns the axes."
-    ax = ax or plt.subplots()[1]
+    """One bar per cluster, largest first, stacked by person: the owner blue,
+    everybody else vermillion. Returns the axes."""
+    ax, top = ax or plt.subplots()[1], as_count(top, "top")
     t = contingency(labels, pids)
     size = np.bincount(t.cluster, t.count)
     place = np.argsort(np.argsort(-size, kind="stable"))
@@ -223,9 +245,12 @@ def plot_composition(labels,    # N labels
     x, count = place[t.cluster[order]], t.count[order]
     owner = np.r_[True, x[1:] != x[:-1]] if len(x) else np.zeros(0, bool)
     ends = np.cumsum(count)
-    bottom = ends - count - np.repeat((ends - count)[owner], np.diff(np.r_[np.flatnonzero(owner), len(x)]))
-    ax.bar(x, count, bottom=bottom, color=np.where(owner, "C0", "C1"), edgecolor="white", linewidth=.5, width=.9)
-    ax.set(xlabel=f"clusters, largest first ({min(top, len(size))} of {len(size)})", ylabel="images")
+    bottom = ends - count - np.repeat((ends - count)[owner],
+                                      np.diff(np.r_[np.flatnonzero(owner), len(x)]))
+    ax.bar(x, count, bottom=bottom, color=np.where(owner, "C0", "C1"), edgecolor="white",
+           linewidth=.5, width=.9)
+    ax.set(xlabel=f"clusters, largest first ({min(top, len(size))} of {len(size)})",
+           ylabel="images")
     ax.grid(axis="x", visible=False)
     return ax
 
@@ -234,7 +259,8 @@ def plot_noise(labels,     # N labels
                pids,       # N true identities
                cams=None,  # N cameras, optional
                *, top=40): # clusters drawn
-    "Kinds of label noise over all images, above the composition of the largest clusters. Returns the figure."
+    """Kinds of label noise over all images, above the composition of the largest clusters.
+    Returns the figure."""
     fig, (above, below) = plt.subplots(2, 1, figsize=(6.4, 3.6), height_ratios=[1, 5])
     plot_kinds({"": labels}, pids, cams, ax=above)
     above.set_xlabel("")
@@ -245,15 +271,18 @@ def plot_noise(labels,     # N labels
 def plot_contingency(labels,    # N labels
                      pids,      # N true identities
                      ax=None):
-    "Clusters (rows) by people (columns), a dot per cell with area by its images; blue: owned and at home. Returns the axes."
+    """Clusters (rows) by people (columns), a dot per cell with area by its images;
+    blue: owned and at home. Returns the axes."""
     ax = ax or plt.subplots(figsize=(4.6, 4.2))[1]
     t = contingency(labels, pids)
-    owner, home = t.identity[_first_max(t.cluster, t.count)], t.cluster[_first_max(t.identity, t.count)]
+    owner = t.identity[_first_max(t.cluster, t.count)]
+    home = t.cluster[_first_max(t.identity, t.count)]
     row = np.argsort(np.argsort(owner, kind="stable"))  # clusters of one owner lie together
     column = np.argsort(np.argsort(row[home], kind="stable"))  # people in the order of their homes
     right = (owner[t.cluster] == t.identity) & (home[t.identity] == t.cluster)
     for mask, colour, name in ((right, "C0", "right"), (~right, "C1", "split or merged")):
-        ax.scatter(column[t.identity[mask]], row[t.cluster[mask]], s=3 * t.count[mask], c=colour, label=name, linewidths=0)
+        ax.scatter(column[t.identity[mask]], row[t.cluster[mask]], s=3 * t.count[mask], c=colour,
+                   label=name, linewidths=0)
     ax.set(xlabel="people", ylabel="clusters")
     ax.invert_yaxis()
     ax.legend(loc="upper right")
@@ -261,16 +290,24 @@ def plot_contingency(labels,    # N labels
 
 # %% ../nbs/06_noise.ipynb #0078abcd
 def noise_record(labels, pids, cams=None) -> dict:  # as `noise_table`
-    "`label_quality` and the share of each kind (`share_right`, ...) as one flat dict, to be kept per epoch."
+    """`label_quality` and the share of each kind (`share_right`, ...) as one flat dict,
+    to be kept per epoch."""
     shares = noise_table(labels, pids, cams).kinds.share
-    return {**label_quality(labels, pids).as_dict(), **{"share_" + k.replace(" ", "_"): float(s) for k, s in shares.items()}}
+    by_kind = {"share_" + k.replace(" ", "_"): float(s) for k, s in shares.items()}
+    return label_quality(labels, pids).as_dict() | by_kind
 
 # %% ../nbs/06_noise.ipynb #0079abcd
-def plot_clusters_over_epochs(records):  # list of dicts (or a DataFrame), one per epoch: epoch, clusters, outliers, pairwise_precision, ...
-    "Clusters, label precision and recall, and kinds of noise, epoch by epoch. Returns the figure; ValueError when `epoch` or `clusters` is missing."
+def plot_clusters_over_epochs(
+    # list of dicts (or a DataFrame), one per epoch:
+    # epoch, clusters, outliers, pairwise_precision, ...
+    records,
+):
+    """Clusters, label precision and recall, and kinds of noise, epoch by epoch.
+    Returns the figure; ValueError when `epoch` or `clusters` is missing."""
     table = pd.DataFrame(records)
     if "epoch" not in table or "clusters" not in table:
-        raise ValueError(f"records with {sorted(table.columns)}: each needs `epoch` and `clusters`, "
+        raise ValueError(f"records with {sorted(table.columns)}: "
+                         "each needs `epoch` and `clusters`, "
                          "as noise_record and a run's metrics.jsonl have them")
     table = table.dropna(subset=["clusters"]).set_index("epoch")
     shares = [k for k in KINDS if "share_" + k.replace(" ", "_") in table]
@@ -281,15 +318,18 @@ def plot_clusters_over_epochs(records):  # list of dicts (or a DataFrame), one p
         panel(ax, table, curves if panel is _panel_quality else shares)
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(fontsize="small", **({"frameon": True, "loc": "lower right"} if panel is _panel_kinds else {}))
+        ax.legend(fontsize="small",
+                  **({"frameon": True, "loc": "lower right"} if panel is _panel_kinds else {}))
     return fig
 
 # %% ../nbs/06_noise.ipynb #0080abcd
 def _panel_clusters(ax, table, _):
     "Clusters, people and outliers per epoch."
     ax.plot(table.index, table.clusters, "o-", ms=3, label="clusters")
-    if "identities" in table: ax.plot(table.index, table.identities, "--", color="0.4", label="people in them")
-    if "outliers" in table: ax.plot(table.index, table.outliers, "s:", ms=3, color="0.6", label="outlier images")
+    if "identities" in table:
+        ax.plot(table.index, table.identities, "--", color="0.4", label="people in them")
+    if "outliers" in table:
+        ax.plot(table.index, table.outliers, "s:", ms=3, color="0.6", label="outlier images")
     ax.set(title="how many", ylim=(0, None))
 
 def _panel_quality(ax, table, curves):
@@ -299,8 +339,10 @@ def _panel_quality(ax, table, curves):
 
 def _panel_kinds(ax, table, kinds):
     "Shares of the kinds of noise per epoch, stacked."
-    ax.stackplot(table.index, [table["share_" + k.replace(" ", "_")] for k in kinds], labels=kinds, colors=[COLOURS[k] for k in kinds])
-    ax.set(title="wrong in which way", ylim=(0, 1), xlim=(table.index.min(), max(table.index.max(), table.index.min() + 1e-6)))
+    ax.stackplot(table.index, [table["share_" + k.replace(" ", "_")] for k in kinds], labels=kinds,
+                 colors=[COLOURS[k] for k in kinds])
+    ax.set(title="wrong in which way", ylim=(0, 1),
+           xlim=(table.index.min(), max(table.index.max(), table.index.min() + 1e-6)))
 
 # %% ../nbs/06_noise.ipynb #0093abcd
 def show_cluster(paths,      # N image files
@@ -308,19 +350,24 @@ def show_cluster(paths,      # N image files
                  cluster,    # the label to look at
                  cams=None,
                  top=16):    # at most so many images
-    "The images of one cluster: the owner's framed blue, everybody else's vermillion. Returns the figure; ValueError when no image has the label."
+    """The images of one cluster: the owner's framed blue, everybody else's vermillion.
+    Returns the figure; ValueError when no image has the label."""
     from reidbook.data import show_images
-    paths, labels, pids = list(paths), _ints(labels, "labels"), _ints(pids, "pids")
+    paths, labels, pids = list(paths), as_ids(labels, "labels"), as_ids(pids, "pids")
     rows = np.flatnonzero(labels == cluster)
-    if not len(rows): raise ValueError(f"no image has label {cluster}: labels go from {labels.min()} to {labels.max()}")
+    if not len(rows):
+        raise ValueError(f"no image has label {cluster}: labels go from {labels.min()} to "
+                         f"{labels.max()}")
     names, count = np.unique(pids[rows], return_counts=True)
     owner = names[count.argmax()]
-    turn = pd.Series(pids[rows]).groupby(pids[rows]).cumcount().to_numpy()  # others in turns, so that each is seen
+    # others in turns, so that each is seen
+    turn = pd.Series(pids[rows]).groupby(pids[rows]).cumcount().to_numpy()
     rows = rows[np.lexsort((pids[rows], turn))]
     mine, others = rows[pids[rows] == owner][:top // 2], rows[pids[rows] != owner]
     rows = np.r_[mine, others[:top - len(mine)]]
     titles = [f"id {pids[i]}" + ("" if cams is None else f", cam {cams[i]}") for i in rows]
-    return show_images([paths[i] for i in rows], titles, frames=[COLOURS["right" if pids[i] == owner else "merged"] for i in rows])
+    return show_images([paths[i] for i in rows], titles,
+                       frames=[COLOURS["right" if pids[i] == owner else "merged"] for i in rows])
 
 # %% ../nbs/06_noise.ipynb #0094abcd
 def show_identity(paths,    # N image files
@@ -328,13 +375,15 @@ def show_identity(paths,    # N image files
                   pid,      # the person to look at
                   cams=None,
                   top=16):  # at most so many images
-    "The images of one person by cluster, framed in the colour of their kind of noise. Returns the figure; ValueError when there is no such person."
+    """The images of one person by cluster, framed in the colour of their kind of noise.
+    Returns the figure; ValueError when there is no such person."""
     from reidbook.data import show_images
-    paths, labels, kinds = list(paths), _ints(labels, "labels"), noise_kinds(labels, pids, cams)
-    rows = np.flatnonzero(_ints(pids, "pids") == pid)
+    paths, labels, kinds = list(paths), as_ids(labels, "labels"), noise_kinds(labels, pids, cams)
+    rows = np.flatnonzero(as_ids(pids, "pids") == pid)
     if not len(rows): raise ValueError(f"nobody has identity {pid}")
     rows = rows[np.lexsort((rows, labels[rows], labels[rows] < 0))][:top]
-    titles = [("out" if labels[i] < 0 else f"cl {labels[i]}") + ("" if cams is None else f", cam {cams[i]}") for i in rows]
+    titles = [("out" if labels[i] < 0 else f"cl {labels[i]}")
+              + ("" if cams is None else f", cam {cams[i]}") for i in rows]
     return show_images([paths[i] for i in rows], titles, frames=[COLOURS[kinds[i]] for i in rows])
 
 # %% ../nbs/06_noise.ipynb #0113abcd
@@ -343,10 +392,12 @@ def plot_map(xy,      # N x 2, a projection made elsewhere
     "The same points coloured by person and by cluster; outliers grey. Returns the figure."
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.8), sharex=True, sharey=True)
     colours = np.array(plt.rcParams["axes.prop_cycle"].by_key()["color"])
-    for ax, group, title in zip(axes, (_ints(pids, "pids"), _ints(labels, "labels")), ("by person", "by cluster")):
+    groups = {"by person": as_ids(pids, "pids"), "by cluster": as_ids(labels, "labels")}
+    for ax, (title, group) in zip(axes, groups.items()):
         ax.scatter(*xy[group < 0].T, c="0.8", s=8, linewidths=0)
         for value in np.unique(group[group >= 0]):
             marker = "os^Dv*P"[value // len(colours) % 7]
-            ax.scatter(*xy[group == value].T, c=colours[value % len(colours)], s=14, marker=marker, linewidths=0)
+            ax.scatter(*xy[group == value].T, c=colours[value % len(colours)], s=14, marker=marker,
+                       linewidths=0)
         ax.set(title=title, xticks=[], yticks=[])
     return fig

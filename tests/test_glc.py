@@ -225,7 +225,7 @@ def test_odd_input():
     names = np.where(labels < 0, -1, labels * 7 + 3)                       # labels with gaps are fine
     assert np.array_equal(glc.correction(x, names, **QUICK).scores, glc.correction(x, labels, **QUICK).scores)
     assert glc.correction(x[:30], labels[:30], **QUICK | dict(k=50)).pairs.shape == (2, 30 * 29)  # fewer images than k
-    with pytest.raises(ValueError, match="one label for each"): glc.correct_labels(x, labels[1:])
+    with pytest.raises(ValueError, match="one number per image"): glc.correct_labels(x, labels[1:])
     x[3] = np.nan
     with pytest.raises(ValueError, match="NaN"): glc.correct_labels(x, labels)
 

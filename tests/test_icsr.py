@@ -201,8 +201,8 @@ def test_refusals():
     with pytest.raises(ValueError, match="which camera"): refine_labels([0, 0], {}, None, [0, 0])
     with pytest.raises(ValueError, match="rule"): information_nodes([1.0], [0], "first")
     with pytest.raises(ValueError, match="one per image"): information_nodes([1.0], [0, 1])
-    with pytest.raises(ValueError, match="one of each"): refine_labels([0, 0], {}, [0], [0, 0])
-    with pytest.raises(ValueError, match="N x k"): node_scores(np.ones((3, 2)), np.ones((3, 3)))
+    with pytest.raises(ValueError, match="cams: found shape"): refine_labels([0, 0], {}, [0], [0, 0])
+    with pytest.raises(ValueError, match="from 0 to 2"): node_scores(np.ones((3, 2)), np.ones((3, 3)))
 
 
 def test_pace(): assert pace(0, 50) == 1 and abs(pace(50, 50) - 0.75) < 1e-12

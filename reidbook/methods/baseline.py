@@ -13,7 +13,8 @@ from ..training import Method, Setting
 
 # %% ../../nbs/10_methods.baseline.ipynb #0020abcd
 class Baseline(Method):
-    "Cluster Contrast: kNN, Jaccard similarity, DBSCAN, prototypes, InfoNCE against the memory (Dai et al. 2022, section 3)."
+    """Cluster Contrast: kNN, Jaccard similarity, DBSCAN, prototypes,
+    InfoNCE against the memory (Dai et al. 2022, section 3)."""
     settings = dict(
         temperature=Setting(0.05, "of the softmax over all prototypes", above=0),
         momentum=Setting(0.1, "weight of the old prototype in an update", low=0, high=1),
@@ -30,7 +31,8 @@ class Baseline(Method):
     def start_epoch(self, t, feats):
         "One prototype per cluster, from this epoch's features."
         s = t.settings
-        self.memory = ClusterMemory(prototypes(feats.global_, t.labels), s.momentum, s.temperature, s.update).to(t.device)
+        self.memory = ClusterMemory(prototypes(feats.global_, t.labels), s.momentum, s.temperature,
+                                    s.update).to(t.device)
 
     def loss(self, t, batch):
         "InfoNCE of the global feature against all prototypes."

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from .. import training
 from ..clustering import dbscan, min_similarity
 from ..data import train_transform
-from ..memory import ClusterMemory, mean_update, prototypes
+from ..memory import ClusterMemory, mean_update, on_device, prototypes
 from ..models import extract_features
-from ..neighbors import jaccard_similarity
+from ..neighbors import as_ids, jaccard_similarity
 from ..training import Setting
+
 
 # %% ../../nbs/13_methods.mprd.ipynb #0014abcd
 def _cells(a, b):
@@ -32,7 +33,7 @@ def _cells(a, b):
 
 def _alone(labels):
     "Labels in which every outlier is a cluster of its own."
-    labels = torch.as_tensor(labels).cpu().numpy().astype(np.int64)
+    labels = as_ids(labels)
     outliers = labels < 0
     labels[outliers] = max(labels.max(initial=-1) + 1, 0) + np.arange(outliers.sum())
     return labels
@@ -40,14 +41,18 @@ def _alone(labels):
 def label_flips(labels,           # N pseudo labels of this epoch; -1 is alone
                 previous_labels,  # N of the epoch before; None: everyone was alone
                 ) -> tuple:       # two lists of N index arrays: became together, came apart
-    "For each image, who joined its cluster since the last epoch and who left it (MPRD's hard sample deduction)."
+    """For each image, who joined its cluster since the last epoch and who left it (MPRD's hard
+    sample deduction)."""
     now = _alone(labels)
     before = np.arange(len(now)) if previous_labels is None else _alone(previous_labels)
-    if len(now) != len(before): raise ValueError(f"{len(now)} labels but {len(before)} previous labels: the same images in the same order are needed")
+    if len(now) != len(before):
+        raise ValueError(f"{len(now)} labels but {len(before)} previous labels: "
+                         "the same images in the same order are needed")
     cells, cell = _cells(now, before)
     def rest(of):
         members = _cells(of, of)
-        return [np.setdiff1d(members[0][members[1][rows[0]]], rows, assume_unique=True) for rows in cells]
+        return [np.setdiff1d(members[0][members[1][rows[0]]], rows, assume_unique=True)
+                for rows in cells]
     became, apart = rest(now), rest(before)
     return [became[c] for c in cell], [apart[c] for c in cell]
 
@@ -67,24 +72,29 @@ def top_lists(memory,         # N x D, unit rows
               ) -> torch.Tensor:  # Q x k int64: the node itself, then its k - 1 nearest
     "Nearest rows of the memory, exact, in blocks; the node itself stands first (MPRD code, k = 8)."
     queries = memory if queries is None else queries
-    own = torch.arange(len(queries), device=memory.device) if own is None else torch.as_tensor(own, device=memory.device)
+    own = torch.arange(len(queries)) if own is None else own
+    own = torch.as_tensor(own, device=memory.device)
     lists = []
     for q, o in zip(queries.split(1024), own.split(1024)):
         sims = q @ memory.T
         if not compat: sims.scatter_(1, o[:, None], -torch.inf)
         lists.append(sims.topk(k if compat else k - 1).indices[:, compat:])
-    return torch.cat([(own if ids is None else torch.as_tensor(ids, device=memory.device))[:, None], torch.cat(lists)], 1)
+    first = own if ids is None else torch.as_tensor(ids, device=memory.device)
+    return torch.cat([first[:, None], torch.cat(lists)], 1)
 
 # %% ../../nbs/13_methods.mprd.ipynb #0028abcd
 class PairGraphs(NamedTuple):
-    "E small graphs in arrays of the same size; slots 0 and 1 are the pair (in `compat` graphs, the two smallest numbers)."
+    """E small graphs in arrays of the same size; slots 0 and 1 are the pair (in `compat` graphs,
+    the two smallest numbers)."""
     nodes: torch.Tensor   # E x S int64, row of the feature table; 0 where a slot is empty
     filled: torch.Tensor  # E x S bool
     adj: torch.Tensor     # E x S x S float32, symmetric
-    labels: torch.Tensor  # E x S int64, role of a node: 1 a target, others by distance, 0 for unreachable
+    # E x S int64, role of a node: 1 a target, others by distance, 0 for unreachable
+    labels: torch.Tensor
 
 def _steps_from(adj, source, removed):
-    "Steps from slot `source` to every slot when slot `removed` is taken out; inf where there is no path."
+    """Steps from slot `source` to every slot when slot `removed` is taken out;
+    inf where there is no path."""
     adj = adj > 0
     adj[:, removed] = False; adj[:, :, removed] = False
     reached = torch.zeros(adj.shape[:2], dtype=torch.bool, device=adj.device)
@@ -97,7 +107,8 @@ def _steps_from(adj, source, removed):
     return steps
 
 def role_labels(adj) -> torch.Tensor:  # E x S x S -> E x S int64
-    "Double-radius labels around slots 0 and 1, at most 15 (SEAL, Zhang and Chen 2018, section 3.1)."
+    """Double-radius labels around slots 0 and 1, at most 15 (SEAL, Zhang and Chen 2018,
+    section 3.1)."""
     a, b = _steps_from(adj, 0, 1), _steps_from(adj, 1, 0)
     d = a + b
     half = d // 2
@@ -109,13 +120,15 @@ def role_labels(adj) -> torch.Tensor:  # E x S x S -> E x S int64
 # %% ../../nbs/13_methods.mprd.ipynb #0032abcd
 def pair_graphs(left,          # E x k lists, the node itself first, as `top_lists` gives them
                 right,         # E x k lists of the partners
-                compat=False,  # the released labelling: targets mistaken, the questioned link left in
+                # the released labelling: targets mistaken, the questioned link left in
+                compat=False,
                 ) -> PairGraphs:
     "Two stars that share what neighbours they share: the graph around each pair, at most 2k nodes."
     left, right = torch.as_tensor(left), torch.as_tensor(right)
     ids = torch.cat([left[:, :1], right[:, :1], left[:, 1:], right[:, 1:]], 1)
     e, size, k = torch.arange(len(ids), device=ids.device)[:, None], ids.shape[1], left.shape[1]
-    slot = (ids[:, :, None] == ids[:, None]).int().argmax(2)  # the first slot that holds the same node
+    # the first slot that holds the same node
+    slot = (ids[:, :, None] == ids[:, None]).int().argmax(2)
     filled = slot == torch.arange(size, device=ids.device)
     adj = torch.zeros(len(ids), size, size, device=ids.device)
     adj[e, 0, slot[:, 2:k + 1]] = 1
@@ -125,14 +138,16 @@ def pair_graphs(left,          # E x k lists, the node itself first, as `top_lis
     if compat:
         adj += torch.diag_embed(adj.diagonal(dim1=1, dim2=2))  # a loop counts twice
         order = ids.masked_fill(~filled, torch.iinfo(torch.int64).max).argsort(1)
-        ids, filled, adj = ids.gather(1, order), filled.gather(1, order), adj[e[:, :, None], order[:, :, None], order[:, None]]
+        ids, filled = ids.gather(1, order), filled.gather(1, order)
+        adj = adj[e[:, :, None], order[:, :, None], order[:, None]]
     labels = role_labels(adj)
     adj[:, 0, 1] = adj[:, 1, 0] = 0
     return PairGraphs(ids.masked_fill(~filled, 0), filled, adj, labels.masked_fill(~filled, 0))
 
 # %% ../../nbs/13_methods.mprd.ipynb #0041abcd
 class PairGCN(nn.Module):
-    "Are the two images of a pair graph the same person? Graph convolutions, a sorted pooling, two convolutions over it (DGCNN, Zhang et al. 2018)."
+    """Are the two images of a pair graph the same person? Graph convolutions, a sorted pooling,
+    two convolutions over it (DGCNN, Zhang et al. 2018)."""
     def __init__(self,
                  dim,         # width of the image features
                  width=512,   # of the graph convolutions; the rest follows
@@ -140,7 +155,8 @@ class PairGCN(nn.Module):
                  ):
         super().__init__()
         hidden, conv1, conv2, last = widths or (width, 2 * width, 4 * width, 2 * width)
-        self.graph = nn.ModuleList([nn.Linear(16 + dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)])
+        self.graph = nn.ModuleList([nn.Linear(16 + dim, hidden), nn.Linear(hidden, hidden),
+                                    nn.Linear(hidden, 1)])
         self.conv1, self.conv2 = nn.Linear(2 * hidden + 1, conv1), nn.Conv1d(conv1, conv2, 5)
         self.fc1, self.fc2 = nn.Linear(conv2, last), nn.Linear(last, 2)
         for layer in (*self.graph, self.fc1, self.fc2):
@@ -152,12 +168,16 @@ class PairGCN(nn.Module):
         nodes, filled, adj, labels = graphs
         rows, nodes = nodes.unique(return_inverse=True)
         first, hidden, size = self.graph[0], [], 1 + adj.sum(2, keepdim=True)
-        for n, layer in enumerate(self.graph):  # a product with the weights first: every image once, however many graphs it is in
-            h = F.linear(table[rows], first.weight[:, 16:])[nodes] + first.weight[:, :16].T[labels] if n == 0 else F.linear(hidden[-1], layer.weight)
+        roles = first.weight[:, :16].T[labels]
+        # a product with the weights first: every image once, however many graphs it is in
+        for n, layer in enumerate(self.graph):
+            if n > 0: h = F.linear(hidden[-1], layer.weight)
+            else: h = F.linear(table[rows], first.weight[:, 16:])[nodes] + roles
             h = h * filled[:, :, None]
             hidden.append(torch.tanh((h + adj @ h + layer.bias) / size))
         h = torch.cat(hidden, 2)
-        order = h[:, :, -1].masked_fill(~filled, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :k, None]
+        score = h[:, :, -1].masked_fill(~filled, -torch.inf)
+        order = score.sort(dim=1, descending=True, stable=True).indices[:, :k, None]
         h = (h * filled[:, :, None]).gather(1, order.expand(-1, -1, h.shape[2]))
         h = F.max_pool1d(F.relu(self.conv1(h)).transpose(1, 2), 2, 2)
         return F.relu(self.conv2(h)).amax(2)
@@ -172,7 +192,8 @@ class PairGCN(nn.Module):
 
 # %% ../../nbs/13_methods.mprd.ipynb #0044abcd
 def released_k(graphs) -> int:
-    "How many nodes the released sorted pooling keeps: it depends on the sizes of all graphs of the batch."
+    """How many nodes the released sorted pooling keeps: it depends on the sizes of all graphs of
+    the batch."""
     sizes = graphs.filled.sum(1).sort().values
     return max(10, int(sizes[math.ceil(0.6 * len(sizes)) - 1]))
 
@@ -182,10 +203,13 @@ def same_person(gcn,     # PairGCN
                 pairs,   # E x 2 rows of the memory
                 compat=False,
                 batch_size=1024) -> np.ndarray:  # E probabilities
-    "The graph network's word on each pair, in evaluation mode; with `compat` all pairs are one batch, because the released answer depends on it."
+    """The graph network's word on each pair, in evaluation mode;
+    with `compat` all pairs are one batch, because the released answer depends on it."""
     if not len(pairs): return np.zeros(0, np.float32)
-    rows, pairs = torch.as_tensor(np.asarray(pairs), device=memory.device).unique(return_inverse=True)
-    lists, training_, answers = top_lists(memory, memory[rows], rows, compat=compat), gcn.training, []
+    pairs = torch.as_tensor(np.asarray(pairs), device=memory.device)
+    rows, pairs = pairs.unique(return_inverse=True)
+    lists = top_lists(memory, memory[rows], rows, compat=compat)
+    training_, answers = gcn.training, []
     gcn.eval()
     for left, right in (p.T for p in pairs.split(len(pairs) if compat else batch_size)):
         graphs = pair_graphs(lists[left], lists[right], compat)
@@ -199,7 +223,8 @@ def reptile_step(gcn, graphs, table,
                  lr=0.02, steps=3,
                  outer=1.0,    # share of the way that is kept
                  k=16) -> float:  # mean loss of the inner steps
-    "`steps` of plain gradient descent on one set of pairs, then `outer` of the way from the old weights to the new (Reptile, Nichol et al. 2018)."
+    """`steps` of plain gradient descent on one set of pairs, then `outer` of the way from the
+    old weights to the new (Reptile, Nichol et al. 2018)."""
     params = list(gcn.parameters())
     start, losses = [p.detach().clone() for p in params], []
     for _ in range(steps):
@@ -215,14 +240,16 @@ def reptile_step(gcn, graphs, table,
 def released_reptile_step(gcn, graphs, table, targets,
                           carry=None,  # what the step before left in the gradient buffer
                           lr=0.02, decay=5e-4, steps=3) -> list:  # the buffer it leaves itself
-    "The step as shipped: the gradient buffer is never cleared, and the network goes on from the end of the inner steps instead of from their start."
+    """The step as shipped: the gradient buffer is never cleared, and the network goes on from
+    the end of the inner steps instead of from their start."""
     params = list(gcn.parameters())
     start = [p.detach().clone() for p in params]
     buffer = [torch.zeros_like(p) for p in params] if carry is None else carry
     for _ in range(steps):
         loss = F.nll_loss(gcn(graphs, table, released_k(graphs)), targets)
         with torch.no_grad():
-            for p, b, g in zip(params, buffer, torch.autograd.grad(loss, params)): p -= lr * b.add_(g)
+            for p, b, g in zip(params, buffer, torch.autograd.grad(loss, params)):
+                p -= lr * b.add_(g)
     buffer = [s - p.detach() for p, s in zip(params, start)]
     with torch.no_grad():
         for p, b in zip(params, buffer): p -= lr * (b + decay * p)
@@ -235,17 +262,20 @@ def view_pairs(feats,   # B x D unit features of augmented views of images `rows
                lists,   # N x 8, from `top_lists`
                compat=False,  # a positive is an image and itself, as released
                ):       # left lists, right lists (2B x 8), feature table, 2B targets
-    "A view with its own image (same person), and with the most similar other image of the batch (taken as another)."
+    """A view with its own image (same person), and with the most similar other image of the
+    batch (taken as another)."""
     rows = torch.as_tensor(rows, device=memory.device)
     other = rows[(feats @ feats.T).fill_diagonal_(-torch.inf).argmax(1)]
     ids = rows if compat else len(memory) + torch.arange(len(rows), device=memory.device)
     left = top_lists(memory, feats, rows, ids, compat=compat)
     targets = torch.arange(2, device=memory.device).flip(0).repeat_interleave(len(rows))
-    return torch.cat([left, left]), lists[torch.cat([rows, other])], memory if compat else torch.cat([memory, feats]), targets
+    table = memory if compat else torch.cat([memory, feats])
+    return torch.cat([left, left]), lists[torch.cat([rows, other])], table, targets
 
 # %% ../../nbs/13_methods.mprd.ipynb #0057abcd
 def train_step(gcn, left, right, table, targets, carry=None, compat=False):
-    "One Reptile step on pair graphs in training mode; what the released code carries to the next step, else None."
+    """One Reptile step on pair graphs in training mode; what the released code carries to the
+    next step, else None."""
     gcn.train()
     graphs = pair_graphs(left, right, compat)
     if compat: return released_reptile_step(gcn, graphs, table, targets, carry)
@@ -257,39 +287,51 @@ def pretrain(t,       # training state: images, settings, seed, device
     "A graph network that has seen augmented views only: no identity, no cluster, no download."
     s, model = t.settings, model.to(t.device).eval()
     generator, rng = torch.Generator().manual_seed(t.seed), np.random.default_rng([t.seed, 7])
-    memory = torch.from_numpy(extract_features(model, t.images, device=t.device).global_).to(t.device)
+    memory = extract_features(model, t.images, device=t.device).global_
+    memory = torch.from_numpy(memory).to(t.device)
+    whole = len(memory) // batch_size * batch_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(t.seed)
-        gcn, lists, carry = PairGCN(memory.shape[1], s.gcn_width).to(t.device), top_lists(memory, compat=s.compat), None
+        gcn = PairGCN(memory.shape[1], s.gcn_width).to(t.device)
+        lists, carry = top_lists(memory, compat=s.compat), None
         for _ in range(s.gcn_passes):
-            for rows in rng.permutation(len(memory))[:len(memory) // batch_size * batch_size].reshape(-1, batch_size):
-                with torch.no_grad(): feats = F.normalize(model(augmented(t, rows, generator))[0], dim=1)
-                carry = train_step(gcn, *view_pairs(feats, rows, memory, lists, s.compat), carry, s.compat)
+            for rows in rng.permutation(len(memory))[:whole].reshape(-1, batch_size):
+                with torch.no_grad():
+                    feats = F.normalize(model(augmented(t, rows, generator))[0], dim=1)
+                carry = train_step(gcn, *view_pairs(feats, rows, memory, lists, s.compat),
+                                   carry, s.compat)
     return gcn
 
 def augmented(t, rows, generator):
-    "A freshly augmented view of training images `rows`, drawn from a generator of our own: the loop's batches stay what they are without us."
+    """A freshly augmented view of training images `rows`, drawn from a generator of our own: the
+    loop's batches stay what they are without us."""
     s = t.settings
-    return train_transform(torch.from_numpy(np.array(t.images[rows])).to(t.device), generator, flip=s.flip, pad=s.pad, erase=s.erase, jitter=s.jitter)
+    return train_transform(torch.from_numpy(np.array(t.images[rows])).to(t.device), generator,
+                           flip=s.flip, pad=s.pad, erase=s.erase, jitter=s.jitter)
 
 # %% ../../nbs/13_methods.mprd.ipynb #0069abcd
 def mixed_prototypes(prototypes,  # K x D
                      drawn,       # B x D, for each item the memory row of one of its hard positives
                      targets,     # B labels
                      alpha=0.2) -> torch.Tensor:  # K x D, not renormalised
-    "Each item in turn mixes a hard positive into its own prototype (MPRD's prototype mixing), in closed form."
+    """Each item in turn mixes a hard positive into its own prototype (MPRD's prototype mixing),
+    in closed form."""
     same = targets[:, None] == targets
     later = same.triu(1).sum(1)  # items of the same cluster still to come
     weights = alpha * (1 - alpha) ** later
-    count = torch.bincount(targets, minlength=len(prototypes))
-    return (prototypes * (1 - alpha) ** count[:, None]).index_add(0, targets, weights[:, None] * drawn)
+    count = targets.new_zeros(len(prototypes)).index_add(0, targets, torch.ones_like(targets))
+    left = prototypes * (1 - alpha) ** count[:, None]
+    return left.index_add(0, targets, weights[:, None] * drawn)
+
 
 # %% ../../nbs/13_methods.mprd.ipynb #0072abcd
 def _mining_logits(feats, targets, prototypes, mixed, negatives, memory, weight, temperature):
-    "Scores against prototypes, the own one mixed, then against all hard negatives of the batch; -inf where one is not the item's."
+    """Scores against prototypes, the own one mixed, then against all hard negatives of the
+    batch; -inf where one is not the item's."""
     feats = F.normalize(feats, dim=1)
     own = F.one_hot(targets, len(prototypes)).bool()
-    scores = torch.where(own, (feats * mixed[targets]).sum(1, keepdim=True), feats @ prototypes.T) / temperature
+    scores = torch.where(own, (feats * mixed[targets]).sum(1, keepdim=True),
+                         feats @ prototypes.T) / temperature
     rows, mine = _shared_rows(negatives, memory.device)
     if not len(rows) or not weight: return scores, memory[:0]
     hard = (feats @ memory[rows].T / temperature + math.log(weight)).masked_fill(~mine, -torch.inf)
@@ -297,10 +339,11 @@ def _mining_logits(feats, targets, prototypes, mixed, negatives, memory, weight,
 
 def _shared_rows(lists, device):
     "All rows in B lists, once, and B x U: which are whose."
-    rows, where = np.unique(np.concatenate([*lists, np.zeros(0, np.int64)]).astype(np.int64), return_inverse=True)
+    rows, where = np.unique(np.concatenate([*lists, np.zeros(0, np.int64)]).astype(np.int64),
+                            return_inverse=True)
     mine = np.zeros((len(lists), len(rows)), bool)
     mine[np.repeat(np.arange(len(lists)), [len(x) for x in lists]), where] = True
-    return torch.from_numpy(rows).to(device), torch.from_numpy(mine).to(device)
+    return on_device(rows, device), on_device(mine, device)
 
 def mining_loss(feats,        # B x D
                 targets,      # B labels
@@ -312,59 +355,72 @@ def mining_loss(feats,        # B x D
                 temperature=0.05,
                 compat=False, # the released, approximate gradient
                 ):            # scalar tensor
-    "InfoNCE with mixed prototypes as positives and hard negatives added to the denominator (MPRD's classification loss)."
+    """InfoNCE with mixed prototypes as positives and hard negatives added to the denominator
+    (MPRD's classification loss)."""
     args = targets, prototypes, mixed, negatives, memory, weight, temperature
     logits, hard = _mining_logits(feats, *args)
     loss = F.cross_entropy(logits, targets)
-    return loss if not compat else loss.detach() + _released_gradient(feats, logits.detach(), hard, *args)
+    if not compat: return loss
+    return loss.detach() + _released_gradient(feats, logits.detach(), hard, *args)
 
 # %% ../../nbs/13_methods.mprd.ipynb #0076abcd
 def _released_gradient(feats, logits, hard, targets, prototypes, mixed, *rest):
-    "A term of value zero whose gradient is the shipped one: prototypes of earlier items stay replaced by their mixed versions."
+    """A term of value zero whose gradient is the shipped one: prototypes of earlier items stay
+    replaced by their mixed versions."""
     temperature, p = rest[-1], logits.softmax(1)
     seen = F.one_hot(targets, len(prototypes)).cumsum(0) > 0
     p, q = p[:, :len(prototypes)], p[:, len(prototypes):]
     grad = (p * ~seen) @ prototypes + (p * seen) @ mixed + q @ hard - mixed[targets]
     feats = F.normalize(feats, dim=1)
-    return (feats * grad).sum() / (temperature * len(feats)) - (feats * grad).sum().detach() / (temperature * len(feats))
+    along = (feats * grad).sum() / (temperature * len(feats))
+    return along - along.detach()
 
 # %% ../../nbs/13_methods.mprd.ipynb #0079abcd
 @torch.no_grad()
 def write_rows(memory, feats, index):
-    "The batch overwrites its rows of the instance memory, in place; of several copies the last stays."
+    """The batch overwrites its rows of the instance memory, in place;
+    of several copies the last stays."""
     index = np.asarray(index)
     last = len(index) - 1 - np.unique(index[::-1], return_index=True)[1]
-    memory[torch.from_numpy(index[last]).to(memory.device)] = F.normalize(feats.detach()[torch.from_numpy(last).to(feats.device)], dim=1)
+    kept = feats.detach()[on_device(last, feats.device)]
+    memory[on_device(index[last], memory.device)] = F.normalize(kept, dim=1)
+
 
 # %% ../../nbs/13_methods.mprd.ipynb #0082abcd
 def aligned_prototypes(prototypes,  # K x D, unit rows
                        feats,       # B x D of one view
-                       targets,     # B labels
+                       targets,     # B labels; numpy, or a GPU is waited for
                        positives,   # B index arrays: hard positives
                        negatives,   # B index arrays: hard negatives
                        labels,      # N labels of this epoch
                        memory,      # N x D, with the batch written
                        away,        # J x D rows of all the negatives in turn, before that
                        tau=0.1):    # K x D unit rows
-    "Prototypes as this batch sees them: each moved towards its hardest positive, and those of hard negatives towards these (MPRD's personalised prototypes)."
+    """Prototypes as this batch sees them: each moved towards its hardest positive,
+    and those of hard negatives towards these (MPRD's personalised prototypes)."""
     rows, mine = _shared_rows(positives, memory.device)
-    hardest = memory[rows[(feats.detach() @ memory[rows].T).masked_fill(~mine, torch.inf).argmin(1)]]
+    cosines = (feats.detach() @ memory[rows].T).masked_fill(~mine, torch.inf)
+    hardest = memory[rows[cosines.argmin(1)]]
     who = np.repeat(np.arange(len(negatives)), [len(n) for n in negatives])
     j = np.concatenate([*negatives, np.zeros(0, np.int64)]).astype(np.int64)
-    y = targets.cpu().numpy()
+    y = as_ids(targets, "targets")
     known = (labels[j] >= 0) & (labels[j] < len(prototypes)) & (labels[j] != y[who])
     item, cluster = np.r_[np.arange(len(y)), who[known]], np.r_[y, labels[j][known]]
     order = np.argsort(item, kind="stable")
-    vectors = torch.cat([hardest, away[torch.from_numpy(known).to(away.device)]])
-    return mean_update(prototypes, vectors[torch.from_numpy(order).to(vectors.device)], cluster[order], 1 - tau)
+    vectors = torch.cat([hardest, away[on_device(np.flatnonzero(known), away.device)]])
+    vectors = vectors[on_device(order, vectors.device)]
+    return mean_update(prototypes, vectors, cluster[order], 1 - tau)
+
 
 # %% ../../nbs/13_methods.mprd.ipynb #0084abcd
 def alignment_loss(feats,    # B x D
                    partners, # B x D: another image of each item's cluster
                    q, r,     # K x D prototypes as the first and the second view see them
                    temperature=0.05):  # scalar tensor
-    "KL divergence between what an image and its partner say about all prototypes; both get a gradient (MPRD's positive pair alignment)."
-    log_p, log_q = F.log_softmax(feats @ q.T / temperature, 1), F.log_softmax(partners @ r.T / temperature, 1)
+    """KL divergence between what an image and its partner say about all prototypes;
+    both get a gradient (MPRD's positive pair alignment)."""
+    log_p = F.log_softmax(feats @ q.T / temperature, 1)
+    log_q = F.log_softmax(partners @ r.T / temperature, 1)
     return (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
 # %% ../../nbs/13_methods.mprd.ipynb #0087abcd
@@ -373,11 +429,14 @@ def judged(gcn, memory,
            lists,    # A index arrays: partners of each anchor
            same,     # keep the pairs of one person (True) or of two (False)
            compat=False) -> list:  # A index arrays
-    "The partners on which the graph network agrees; each pair is asked once, whichever way round (`compat`: each list is a batch of its own)."
-    anchor, partner = np.repeat(anchors, [len(x) for x in lists]), np.concatenate([*lists, np.zeros(0, np.int64)]).astype(np.int64)
-    pairs = np.stack([anchor, partner], 1)
-    cuts = np.cumsum([len(x) for x in lists])[:-1]
-    if compat: p = np.concatenate([same_person(gcn, memory, x, True) for x in np.split(pairs, cuts)])
+    """The partners on which the graph network agrees; each pair is asked once,
+    whichever way round (`compat`: each list is a batch of its own)."""
+    sizes = [len(x) for x in lists]
+    partners = np.concatenate([*lists, np.zeros(0, np.int64)]).astype(np.int64)
+    pairs = np.stack([np.repeat(anchors, sizes), partners], 1)
+    cuts = np.cumsum(sizes)[:-1]
+    if compat:
+        p = np.concatenate([same_person(gcn, memory, x, True) for x in np.split(pairs, cuts)])
     else:
         pairs, back = np.unique(np.sort(pairs, 1), axis=0, return_inverse=True)
         p = same_person(gcn, memory, pairs)[back.ravel()]
@@ -385,7 +444,9 @@ def judged(gcn, memory,
 
 # %% ../../nbs/13_methods.mprd.ipynb #0089abcd
 def partner_of(anchors,    # B rows: the image asked about
-               negatives,  # B index arrays: its hard negatives; where there are none, another cluster of the batch
+               # B index arrays: its hard negatives; where there are none,
+               # another cluster of the batch
+               negatives,
                index,      # B rows of the batch
                targets,    # B labels of the batch
                memory) -> np.ndarray:  # B rows
@@ -393,7 +454,8 @@ def partner_of(anchors,    # B rows: the image asked about
     targets, index = np.asarray(targets), np.asarray(index)
     lists = [n if len(n) else index[targets != y] for n, y in zip(negatives, targets)]
     rows, mine = _shared_rows(lists, memory.device)
-    best = (memory[torch.as_tensor(anchors, device=memory.device)] @ memory[rows].T).masked_fill(~mine, -torch.inf).argmax(1)
+    asked = memory[torch.as_tensor(anchors, device=memory.device)]
+    best = (asked @ memory[rows].T).masked_fill(~mine, -torch.inf).argmax(1)
     return rows[best].cpu().numpy()
 
 def collect_pairs(index,      # B rows of the batch
@@ -402,25 +464,31 @@ def collect_pairs(index,      # B rows of the batch
                   labels,     # N labels
                   memory,     # N x D, before the batch is written
                   rng) -> np.ndarray:  # 2B x 3: row, row, same person
-    "For each image a pair taken as one person, and one taken as two: with the most similar wrong answer."
+    """For each image a pair taken as one person, and one taken as two: with the most similar
+    wrong answer."""
     own = [np.r_[i, p] for i, p in zip(index, positives)]
     same = np.stack([rng.choice(x, 2, replace=False) for x in own])
     anchors = np.array([rng.choice(x) for x in own])
     apart = partner_of(anchors, negatives, index, labels[index], memory)
-    return np.concatenate([np.c_[same, np.ones(len(same), int)], np.c_[anchors, apart, np.zeros(len(same), int)]])
+    return np.concatenate([np.c_[same, np.ones(len(same), int)],
+                           np.c_[anchors, apart, np.zeros(len(same), int)]])
 
 # %% ../../nbs/13_methods.mprd.ipynb #0092abcd
 def train_on_pairs(gcn, memory,
                    pairs,  # E x 3: row, row, target
                    rng, compat=False, batch_size=128):
-    "One pass of Reptile over pairs, the lists of neighbours made once; an incomplete batch is left out."
+    """One pass of Reptile over pairs, the lists of neighbours made once;
+    an incomplete batch is left out."""
     carry, lists = None, top_lists(memory, compat=compat)
     for batch in torch.from_numpy(rng.permutation(pairs)).to(memory.device).split(batch_size):
-        if len(batch) == batch_size: carry = train_step(gcn, lists[batch[:, 0]], lists[batch[:, 1]], memory, batch[:, 2], carry, compat)
+        if len(batch) == batch_size:
+            carry = train_step(gcn, lists[batch[:, 0]], lists[batch[:, 1]], memory, batch[:, 2],
+                               carry, compat)
 
 # %% ../../nbs/13_methods.mprd.ipynb #0094abcd
 class Flips(training.Method):
-    "What is remembered: the baseline's clusters, prototypes, a memory of every image, and the flips since the last epoch."
+    """What is remembered: the baseline's clusters, prototypes, a memory of every image,
+    and the flips since the last epoch."""
     settings = dict(
         momentum=Setting(0.1, "weight of the old prototype in an update", low=0, high=1),
         update=Setting("hard", "what writes a prototype: every image, or the hardest",
@@ -431,30 +499,35 @@ class Flips(training.Method):
     def labels(self, t, feats):
         "DBSCAN on the sparse Jaccard similarity, as the baseline."
         s = t.settings
-        return dbscan(jaccard_similarity(feats.global_, s.k1, s.k2, min_similarity=min_similarity(s.eps)), s.eps, s.min_samples)
+        similarity = jaccard_similarity(feats.global_, s.k1, s.k2,
+                                        min_similarity=min_similarity(s.eps))
+        return dbscan(similarity, s.eps, s.min_samples)
 
     def start_epoch(self, t, feats):
         "Fresh memories, the members of each image's cluster, the flips, and how many they are."
         s = t.settings
-        self.bank = ClusterMemory(prototypes(feats.global_, t.labels), s.momentum, s.temperature, s.update).to(t.device)
+        self.bank = ClusterMemory(prototypes(feats.global_, t.labels), s.momentum, s.temperature,
+                                  s.update).to(t.device)
         self.memory = torch.from_numpy(feats.global_).to(t.device)
         self.rng = np.random.default_rng([t.seed, t.epoch, 7])
         self.generator = torch.Generator().manual_seed(int(self.rng.integers(2 ** 62)))
         self.mates = cluster_mates(t.labels)
         self.flips = label_flips(t.labels, getattr(self, "previous", None))
         self.rows = np.flatnonzero(t.labels >= 0)
-        self.counts = {f"flips_{name}": sum(len(flips[i]) for i in self.rows) for name, flips in zip(("together", "apart"), self.flips)}
+        self.counts = {f"flips_{name}": sum(len(flips[i]) for i in self.rows)
+                       for name, flips in zip(("together", "apart"), self.flips)}
 
     def hard_pairs(self, t, index):
-        "Hard positives and hard negatives of each image of the batch; without a hard positive, all of its cluster stands in."
+        """Hard positives and hard negatives of each image of the batch;
+        without a hard positive, all of its cluster stands in."""
         positives, negatives = ([side[i] for i in index] for side in self.flips)
-        return [p if len(p) else self.mates[i - t.settings.compat] for p, i in zip(positives, index)], negatives
+        return [p if len(p) else self.mates[i - t.settings.compat]
+                for p, i in zip(positives, index)], negatives
 
     def end_epoch(self, t):
         "The labels are kept, to be compared with the next."
         self.previous = t.labels.copy()
         return self.counts
-
     def state(self): return {"previous": torch.from_numpy(self.previous)}
     def load_state(self, t, state): self.previous = state["previous"].cpu().numpy()
 
@@ -474,20 +547,23 @@ class PairLosses(Flips):
         s, y, index = t.settings, batch.labels, batch.index
         f = batch.feats = F.normalize(t.model(batch.images)[0], dim=1)
         positives, negatives = self.hard_pairs(t, index)
-        mixed = mixed_prototypes(self.bank.prototypes, self.memory[[self.rng.choice(p) for p in positives]], y, s.alpha)
-        terms = {"mining": mining_loss(f, y, self.bank.prototypes, mixed, negatives, self.memory, s.negative_weight, s.temperature, s.compat)}
-        away = self.memory[np.concatenate(negatives)]
+        drawn = on_device(np.array([self.rng.choice(p) for p in positives]), t.device)
+        mixed = mixed_prototypes(self.bank.prototypes, self.memory[drawn], y, s.alpha)
+        terms = {"mining": mining_loss(f, y, self.bank.prototypes, mixed, negatives, self.memory,
+                                       s.negative_weight, s.temperature, s.compat)}
+        away = self.memory[on_device(np.concatenate(negatives).astype(np.int64), t.device)]
         write_rows(self.memory, f, index)
         if not s.alignment_weight: return terms
         partners = np.array([self.rng.choice(self.mates[i]) for i in index])
         g = F.normalize(t.model(augmented(t, partners, self.generator))[0], dim=1)
-        q, r = (aligned_prototypes(self.bank.prototypes, x, y, positives, negatives, t.labels, self.memory, away, s.tau) for x in (f, g))
+        q, r = (aligned_prototypes(self.bank.prototypes, x, batch.targets, positives, negatives,
+                                   t.labels, self.memory, away, s.tau) for x in (f, g))
         alignment = alignment_loss(f, g, q, r, s.alignment_temperature)
         return terms | {"alignment": s.alignment_weight * alignment}
 
     def after_step(self, t, batch):
         "The hardest image of each cluster writes its prototype."
-        self.bank.update(batch.feats, batch.labels)
+        self.bank.update(batch.feats, batch.targets)
 
 # %% ../../nbs/13_methods.mprd.ipynb #0098abcd
 class Referee(PairLosses):
@@ -501,14 +577,17 @@ class Referee(PairLosses):
         "The graph network, made once for the same images, weights and seed."
         s = t.settings
         if not s.use_gcn: return
-        names = "height width backbone weights pooling bn_group_size flip pad erase jitter gcn_width gcn_passes compat".split()
-        made = training.stage(t, "gcn", {n: getattr(s, n) for n in names}, lambda folder: pretrain(t, self.model(t)[0]).state_dict())
+        names = ("height width backbone weights pooling bn_group_size flip pad erase jitter "
+                 "gcn_width gcn_passes compat").split()
+        made = training.stage(t, "gcn", {n: getattr(s, n) for n in names},
+                              lambda folder: pretrain(t, self.model(t)[0]).state_dict())
         self.pretrained = {k: v.to(t.device) for k, v in made.items()}
         self.gcn = PairGCN(made["graph.0.weight"].shape[1] - 16, s.gcn_width).to(t.device)
         self.gcn.load_state_dict(self.pretrained)
 
     def start_epoch(self, t, feats):
-        "All flips are judged at once. With `compat` the network forgets the last epoch, and judges batch by batch."
+        """All flips are judged at once. With `compat` the network forgets the last epoch,
+        and judges batch by batch."""
         super().start_epoch(t, feats)
         if t.settings.use_gcn and t.settings.compat: self.gcn.load_state_dict(self.pretrained)
         elif t.settings.use_gcn: self.judge(self.rows, self.flips)
@@ -531,7 +610,8 @@ class Referee(PairLosses):
 
 # %% ../../nbs/13_methods.mprd.ipynb #0100abcd
 class MPRD(Referee):
-    "Meta Pairwise Relationship Distillation (Ji et al., ICCV 2021 and TNNLS 2024): the referee learns from the pairs of every epoch."
+    """Meta Pairwise Relationship Distillation (Ji et al., ICCV 2021 and TNNLS 2024): the referee
+    learns from the pairs of every epoch."""
     settings = Referee.settings | dict(
         gcn_online=Setting(True, "let the graph network learn from the pairs of every epoch"))
     published = dict(batch_size=64, iterations=400, pooling="avg")
@@ -549,15 +629,20 @@ class MPRD(Referee):
     def hard_pairs(self, t, index):
         "As before, and the pairs are kept to train on."
         positives, negatives = super().hard_pairs(t, index)
-        if t.settings.use_gcn and t.settings.gcn_online: self.pairs.append(collect_pairs(index, positives, negatives, t.labels, self.memory, self.rng))
+        if t.settings.use_gcn and t.settings.gcn_online:
+            self.pairs.append(collect_pairs(index, positives, negatives, t.labels,
+                                            self.memory, self.rng))
         return positives, negatives
 
     def end_epoch(self, t):
         "The graph network learns from the pairs of the epoch."
-        if self.pairs: train_on_pairs(self.gcn, self.memory, np.concatenate(self.pairs), self.rng, t.settings.compat)
+        if self.pairs:
+            train_on_pairs(self.gcn, self.memory, np.concatenate(self.pairs), self.rng,
+                           t.settings.compat)
         return super().end_epoch(t)
 
-    def state(self): return super().state() | ({"gcn": self.gcn.state_dict()} if hasattr(self, "gcn") else {})
+    def state(self):
+        return super().state() | ({"gcn": self.gcn.state_dict()} if hasattr(self, "gcn") else {})
     def load_state(self, t, state):
         super().load_state(t, state)
         if "gcn" in state: self.gcn.load_state_dict(state["gcn"])

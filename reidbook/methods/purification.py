@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'TEACHER_BN', 'STUDENT', 'METHOD', 'views', 'fuse', 'fused_similarity', 'weigh', 'memory_loss', 'pull',
-           'distillation_loss', 'ThreeViews', 'train_teacher', 'Purification']
+           'distillation_loss', 'ThreeViews', 'train_teacher', 'frozen_teacher', 'Purification']
 
 # %% ../../nbs/15_methods.purification.ipynb #0003abcd
 from types import SimpleNamespace
@@ -16,8 +16,9 @@ from .. import training
 from ..clustering import dbscan, min_similarity
 from ..memory import ClusterMemory, prototypes
 from ..models import create_model, load_state, read_state
-from ..neighbors import jaccard_similarity
+from ..neighbors import as_array, as_number, jaccard_similarity
 from ..training import Setting
+
 
 # %% ../../nbs/15_methods.purification.ipynb #0022abcd
 VIEWS = ("whole", "upper", "lower")
@@ -25,20 +26,32 @@ VIEWS = ("whole", "upper", "lower")
 def views(feats):  # `Features`, or what the network gives for a batch: (B x D, B x 2 x D)
     "The three views of a set of features, in the order of `VIEWS`, each N x D."
     parts = 0 if feats[1] is None else feats[1].shape[1]
-    if parts != 2: raise ValueError(f"features with {parts} parts: expected an upper and a lower half; build the network with parts=2")
+    if parts != 2:
+        raise ValueError(f"features with {parts} parts: expected an upper and a lower half; "
+                         "build the network with parts=2")
     return [feats[0], feats[1][:, 0], feats[1][:, 1]]
 
 # %% ../../nbs/15_methods.purification.ipynb #0025abcd
-def fuse(global_,  # N x N similarities or distances of the whole image: numpy, torch or scipy sparse
-         upper,    # the same of the upper half
-         lower,    # and of the lower half
-         lambda1,  # weight of each half, in [0, 0.5]; the whole keeps 1 - 2 lambda1
-         ):        # of the same type and shape as the inputs
-    "One matrix from three: (1 - 2 lambda1) whole + lambda1 upper + lambda1 lower (Lan et al. 2023, feature purification). ValueError on a weight outside [0, 0.5] or unequal shapes."
-    if not 0 <= lambda1 <= 0.5: raise ValueError(f"lambda1={lambda1}: expected a weight in [0, 0.5], such as 0.15")
+def fuse(
+    global_,  # N x N similarities or distances of the whole image: numpy, torch or scipy sparse
+    upper,    # the same of the upper half
+    lower,    # and of the lower half
+    lambda1,  # weight of each half, in [0, 0.5]; the whole keeps 1 - 2 lambda1
+):            # of the same type and shape as the inputs
+    """One matrix from three: (1 - 2 lambda1) whole + lambda1 upper + lambda1 lower
+    (Lan et al. 2023, feature purification). ValueError on a weight outside [0,
+    0.5] or unequal shapes."""
+    w = as_number(lambda1, "lambda1", 0, 0.5)
+    kinds = {"sparse" if sp.issparse(x) else "tensor" if torch.is_tensor(x) else "array"
+             for x in (global_, upper, lower)}
+    if len(kinds) > 1:
+        raise ValueError(f"found {' and '.join(sorted(kinds))} among the three views, "
+                         "expected three of one kind: convert them first")
+    if kinds == {"array"}:
+        global_, upper, lower = (as_array(x, "a view") for x in (global_, upper, lower))
     if not global_.shape == upper.shape == lower.shape:
-        raise ValueError(f"shapes {global_.shape}, {upper.shape}, {lower.shape}: the three views must be of the same images")
-    w = float(lambda1)
+        raise ValueError(f"shapes {global_.shape}, {upper.shape}, {lower.shape}: "
+                         "the three views must be of the same images")
     fused = (1 - 2 * w) * global_ + w * upper + w * lower
     return fused.asformat(global_.format) if sp.issparse(fused) else fused
 
@@ -46,9 +59,10 @@ def fuse(global_,  # N x N similarities or distances of the whole image: numpy, 
 def fused_similarity(feats,         # `Features` with two parts
                      k1=30, k2=6,   # of `jaccard_similarity`
                      lambda1=0.15,  # weight of each half
-                     least=0.0,     # smaller entries are not needed: `clustering.min_similarity(eps)`
+                     least=0.0,  # smaller entries are not needed: `clustering.min_similarity(eps)`
                      ):             # N x N scipy CSR; entries of at least `least` are exact
-    "Jaccard similarity of each view, fused. Pairs that the whole image alone puts out of reach of `least` are left out."
+    """Jaccard similarity of each view, fused. Pairs that the whole image alone puts out of reach
+    of `least` are left out."""
     whole, upper, lower = views(feats)
     reach = max(0.0, (least - 2 * lambda1) / (1 - 2 * lambda1)) if lambda1 < 0.5 else 0.0
     sim = jaccard_similarity(whole, k1, k2, min_similarity=reach)
@@ -71,7 +85,8 @@ def memory_loss(banks,        # three ClusterMemory, one per view, for the same 
                 targets,      # B labels in 0..C-1
                 lambda2=0.2,  # weight of each half
                 ):            # scalar tensor
-    "InfoNCE of each view against its own bank, weighed (Lan et al. 2023; the weights are those of the released code)."
+    """InfoNCE of each view against its own bank, weighed (Lan et al. 2023;
+    the weights are those of the released code)."""
     return weigh([bank(view, targets) for bank, view in zip(banks, views(feats))], lambda2)
 
 # %% ../../nbs/15_methods.purification.ipynb #0053abcd
@@ -79,7 +94,8 @@ def pull(student,  # B x D; normalised here
          teacher,  # B x D; normalised here, and gets no gradient
          ):        # scalar tensor between 0 and 4
     "Mean squared distance of unit vectors (Lan et al. 2023, label purification)."
-    return (F.normalize(student, dim=1) - F.normalize(teacher.detach(), dim=1)).square().sum(1).mean()
+    student, teacher = F.normalize(student, dim=1), F.normalize(teacher.detach(), dim=1)
+    return (student - teacher).square().sum(1).mean()
 
 def distillation_loss(feats,        # (B x D, B x 2 x D) of the student
                       teacher,      # the same of the teacher, for the same augmented images
@@ -90,32 +106,38 @@ def distillation_loss(feats,        # (B x D, B x 2 x D) of the student
 
 # %% ../../nbs/15_methods.purification.ipynb #0062abcd
 class ThreeViews(training.Method):
-    "Fused similarity, one bank per view, the whole image at test (Lan et al. 2023, feature purification): the teacher."
+    """Fused similarity, one bank per view, the whole image at test
+    (Lan et al. 2023, feature purification): the teacher."""
     settings = dict(
         temperature=Setting(0.05, "of the softmax over all prototypes", above=0),
         momentum=Setting(0.1, "weight of the old prototype in an update", low=0, high=1),
         lambda1=Setting(0.15, "weight of each half in the similarity", low=0, high=0.5),
         lambda2=Setting(0.2, "weight of each half in the loss", low=0, high=1))
-    datasets = {"msmt17": dict(eps=0.7), "synthetic": dict(temperature=0.1, momentum=0.2), "synthetic-large": {}}
+    datasets = {"msmt17": dict(eps=0.7), "synthetic": dict(temperature=0.1, momentum=0.2),
+                "synthetic-large": {}}
 
     def model(self, t):
         "Three heads on one backbone."
         s = t.settings
-        return create_model(s.backbone, s.weights, pooling=s.pooling, parts=2, bn_group_size=s.bn_group_size, seed=t.seed)
+        return create_model(s.backbone, s.weights, pooling=s.pooling, parts=2,
+                            bn_group_size=s.bn_group_size, seed=t.seed)
 
     def clusters(self, t, feats, lambda1):
         "DBSCAN on the fused similarity."
         s = t.settings
-        return dbscan(fused_similarity(feats, s.k1, s.k2, lambda1, min_similarity(s.eps)), s.eps, s.min_samples)
+        return dbscan(fused_similarity(feats, s.k1, s.k2, lambda1, min_similarity(s.eps)), s.eps,
+                      s.min_samples)
 
     def labels(self, t, feats):
         "Clusters of all views; a start that is not the network's has no halves."
-        return self.clusters(t, feats, 0.0 if t.epoch == 0 and t.settings.start != "model" else t.settings.lambda1)
+        held = t.epoch == 0 and t.settings.start != "model"
+        return self.clusters(t, feats, 0.0 if held else t.settings.lambda1)
 
     def start_epoch(self, t, feats):
         "One prototype per cluster and view."
         s = t.settings
-        self.banks = [ClusterMemory(prototypes(view, t.labels), s.momentum, s.temperature).to(t.device) for view in views(feats)]
+        self.banks = [ClusterMemory(prototypes(view, t.labels), s.momentum,
+                                    s.temperature).to(t.device) for view in views(feats)]
 
     def loss(self, t, batch):
         "Contrast in every view."
@@ -124,7 +146,7 @@ class ThreeViews(training.Method):
 
     def after_step(self, t, batch):
         "Each view of the batch writes itself into its bank."
-        for bank, view in zip(self.banks, views(batch.feats)): bank.update(view, batch.labels)
+        for bank, view in zip(self.banks, views(batch.feats)): bank.update(view, batch.targets)
 
 # %% ../../nbs/15_methods.purification.ipynb #0064abcd
 def train_teacher(t,         # state of the student's run
@@ -132,9 +154,22 @@ def train_teacher(t,         # state of the student's run
                   folder,    # for checkpoints, or None
                   ) -> dict:  # "state_dict", and "history", the records of its epochs
     "A run of `ThreeViews` from its beginning to its last epoch."
-    own = training.start(t.dataset, ThreeViews, settings, t.seed, folder, t.device, t.cache, t.images, t.store, t.identity)
-    for _ in tqdm(training.epochs(own), total=settings["epochs"], initial=own.epoch, desc="teacher", leave=False, delay=10): pass
-    return {"state_dict": {k: v.cpu() for k, v in own.model.state_dict().items()}, "history": own.history}
+    own = training.start(t.dataset, ThreeViews, settings, t.seed, folder, t.device, t.cache,
+                         t.images, t.store, t.identity)
+    for _ in tqdm(training.epochs(own), "teacher", total=settings["epochs"], initial=own.epoch,
+                  leave=False, delay=10): pass
+    return {"state_dict": {k: v.cpu() for k, v in own.model.state_dict().items()},
+            "history": own.history}
+
+def frozen_teacher(t, settings) -> SimpleNamespace:  # what `features` and `quicken` ask for
+    "The teacher's network: from a file, or from its stage."
+    s, train = t.settings, lambda folder: train_teacher(t, settings, folder)
+    model, _ = create_model(s.backbone, "none", pooling=s.pooling, parts=2,
+                            bn_group_size=s.bn_group_size)
+    if s.teacher: state = read_state(s.teacher)
+    else: state = training.stage(t, "teacher", settings, train)["state_dict"]
+    load_state(model, state, s.teacher or "the teacher stage")
+    return SimpleNamespace(model=model.to(t.device), settings=s, device=t.device)
 
 # %% ../../nbs/15_methods.purification.ipynb #0066abcd
 TEACHER_BN = ("frozen", "batch")  # its running statistics, or the batch's, as released
@@ -146,18 +181,17 @@ STUDENT = dict(
 
 # %% ../../nbs/15_methods.purification.ipynb #0067abcd
 class Purification(ThreeViews):
-    "A student beside its frozen teacher, after a warm epoch on the teacher's clusters (Lan et al. 2023, label purification). With mu = 0 and warm = 0 it is `ThreeViews`."
+    """A student beside its frozen teacher, after a warm epoch on the teacher's clusters
+    (Lan et al. 2023, label purification). With mu = 0 and warm = 0 it is `ThreeViews`."""
     settings = ThreeViews.settings | STUDENT
 
     def prepare(self, t):
-        "The teacher: from a file, or trained, once, and found again. The warm epoch comes on top of `epochs`."
+        """The teacher: from a file, or trained, once, and found again.
+        The warm epoch comes on top of `epochs`."""
         s = t.settings
         if not s.mu and not s.warm: return
-        model, _ = create_model(s.backbone, "none", pooling=s.pooling, parts=2, bn_group_size=s.bn_group_size)
         alone = {k: v for k, v in s.items() if k not in STUDENT} | {"eval_every": s.epochs}
-        state = read_state(s.teacher) if s.teacher else training.stage(t, "teacher", alone, lambda folder: train_teacher(t, alone, folder))["state_dict"]
-        load_state(model, state, s.teacher or "the teacher stage")
-        self.teacher = SimpleNamespace(model=model.to(t.device), settings=s, device=t.device)  # what `features` and `quicken` ask for
+        self.teacher = frozen_teacher(t, alone)
         training.quicken(self.teacher)
         if s.warm: t.settings = s | {"epochs": s.epochs + 1}
 
@@ -165,7 +199,8 @@ class Purification(ThreeViews):
         "The warm epoch is longer; where there is one, no other start is held after it."
         plan, s = super().plan(t), t.settings
         self.warm = s.warm > 0 and t.epoch == 0
-        return plan._replace(iterations=plan.iterations * (s.warm if self.warm else 1), freeze=plan.freeze and not s.warm)
+        return plan._replace(iterations=plan.iterations * (s.warm if self.warm else 1),
+                             freeze=plan.freeze and not s.warm)
 
     def labels(self, t, feats):
         "In the warm epoch the teacher's clusters."
