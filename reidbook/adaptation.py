@@ -27,17 +27,21 @@ def warm_cosine(epoch, epochs,
                 ):                # share of the rate
     "A straight climb from `first` to 1, then a cosine down to `last`."
     if epoch < warm: return first + (1 - first) * epoch / warm
-    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * (epoch - warm) / max(epochs - warm, 1)))
+    done = (epoch - warm) / max(epochs - warm, 1)
+    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * done))
 
 # %% ../nbs/16_adaptation.ipynb #0018abcd
 class Supervised(training.Method):
-    "Identity loss behind the neck, soft-margin batch-hard triplet loss before it (Luo et al. 2019; PASS and TransReID-SSL, supervised)."
+    """Identity loss behind the neck, soft-margin batch-hard triplet loss before it
+    (Luo et al. 2019; PASS and TransReID-SSL, supervised)."""
     settings = dict(
         epochs=120, batch_size=64, instances=4, lr=3.5e-4, weight_decay=5e-4,
         bn_group_size=64, eval_every=20,
         warm_epochs=training.Setting(20, "in which the learning rate climbs", "epochs", low=0))
-    datasets = {"synthetic": dict(epochs=8, warm_epochs=1, iterations=60, lr=2e-3, weight_decay=5e-4, eval_every=8),
-                "synthetic-tiny": dict(epochs=3, warm_epochs=1, iterations=15, lr=2e-3, eval_every=3)}
+    datasets = {"synthetic": dict(epochs=8, warm_epochs=1, iterations=60, lr=2e-3,
+                                  weight_decay=5e-4, eval_every=8),
+                "synthetic-tiny": dict(epochs=3, warm_epochs=1, iterations=15, lr=2e-3,
+                                       eval_every=3)}
     triplet = staticmethod(soft_triplet_loss)
 
     def plan(self, t):
@@ -47,7 +51,8 @@ class Supervised(training.Method):
     def model(self, t):
         "The network of the settings, with a classifier over the identities."
         s = t.settings
-        net, line = create_model(s.backbone, s.weights, pooling=s.pooling, bn_group_size=s.bn_group_size, seed=t.seed)
+        net, line = create_model(s.backbone, s.weights, pooling=s.pooling,
+                                 bn_group_size=s.bn_group_size, seed=t.seed)
         net.classifier = nn.Linear(net.dim, int(t.pids.max()) + 1, bias=False)
         nn.init.normal_(net.classifier.weight, std=0.001)
         self.before = watch_necks(net)
@@ -57,32 +62,43 @@ class Supervised(training.Method):
 
     def loss(self, t, batch):
         after = t.model(batch.images)[0]
-        return {"identity": F.cross_entropy(t.model.classifier(after), batch.labels), "triplet": self.triplet(self.before(), batch.labels)}
+        return {"identity": F.cross_entropy(t.model.classifier(after), batch.labels),
+                "triplet": self.triplet(self.before(), batch.labels)}
 
 # %% ../nbs/16_adaptation.ipynb #0020abcd
 def watch_necks(net):
-    "A function that gives the global feature of the last batch before its neck: what the neck was called with, fused where there are several."
+    """A function that gives the global feature of the last batch before its neck:
+    what the neck was called with, fused where there are several."""
     seen = {}
-    for i, neck in enumerate(net.necks): neck.register_forward_pre_hook(lambda module, args, i=i: seen.__setitem__(i, args[0]))
-    return lambda: fuse(torch.stack([seen[i] for i in range(4)], 1), net.how) if getattr(net, "multi", False) else seen[0]
+    def keep(i): return lambda module, args: seen.__setitem__(i, args[0])
+    for i, neck in enumerate(net.necks): neck.register_forward_pre_hook(keep(i))
+    if not getattr(net, "multi", False): return lambda: seen[0]
+    return lambda: fuse(torch.stack([seen[i] for i in range(4)], 1), net.how)
 
 # %% ../nbs/16_adaptation.ipynb #0023abcd
-SHARED = ("height", "width", "backbone", "weights", "pooling", "optimizer", "precision", "compile")  # settings the two trainings have in common
+# settings the two trainings have in common
+SHARED = ("height", "width", "backbone", "weights", "pooling", "optimizer", "precision", "compile")
 _made = {}  # this process's stages, for methods that start loops of their own
 
 def open_source(name,    # of the labelled set
                 target,  # the Dataset of the run
                 ):
-    "The labelled data set, from the target's data root where it has one; ValueError when it is the target itself or has no labels."
-    if name == target.name: raise ValueError(f"source {name!r} is the target itself; name another labelled data set")
-    own = target.root.parent if target.name.startswith("synthetic") or (target.root.parent / name).is_dir() else None
+    """The labelled data set, from the target's data root where it has one;
+    ValueError when it is the target itself or has no labels."""
+    if name == target.name:
+        raise ValueError(f"source {name!r} is the target itself; name another labelled data set")
+    beside = target.name.startswith("synthetic") or (target.root.parent / name).is_dir()
+    own = target.root.parent if beside else None
     source = open_dataset(name, own or data_root())
-    if "pid" not in source.train: raise ValueError(f"source {name!r} has no identities to learn from; adaptation needs a labelled set, such as synthetic-source or msmt17")
+    if "pid" not in source.train:
+        raise ValueError(f"source {name!r} has no identities to learn from; "
+                         "adaptation needs a labelled set, such as synthetic-source or msmt17")
     return source
 
 # %% ../nbs/16_adaptation.ipynb #0025abcd
 def source_settings(t, source):
-    "Settings of the source stage: `Supervised`'s for that data set, with what the run decides for both."
+    """Settings of the source stage: `Supervised`'s for that data set,
+    with what the run decides for both."""
     given = {k: v for k, v in t.settings.items() if k in SHARED}
     return training.resolve(Supervised, source.name, **given)
 
@@ -94,10 +110,13 @@ def source_weights(t,  # the state of the run, before it has a network
     rows = hashlib.sha1(source.train.to_csv(columns=["pid"]).encode()).hexdigest()[:10]
     needs = {"source": source.name, "rows": rows, "settings": settings}
     def make(folder):
-        s = training.start(source, Supervised, settings, seed=t.seed, out=folder, device=str(t.device), cache=t.cache)
+        s = training.start(source, Supervised, settings, seed=t.seed, out=folder,
+                           device=str(t.device), cache=t.cache)
         for record in training.epochs(s): pass
-        line = f"trained with labels on {source.name}, {settings['epochs']} epochs (before that: {s.weights})"
-        return {"backbone": {k: v.cpu() for k, v in s.model.backbone.state_dict().items()}, "weights": line, "history": s.history}
+        backbone = {k: v.cpu() for k, v in s.model.backbone.state_dict().items()}
+        line = (f"trained with labels on {source.name}, {settings['epochs']} epochs "
+                f"(before that: {s.weights})")
+        return {"backbone": backbone, "weights": line, "history": s.history}
     key = json.dumps({"seed": t.seed, **needs}, sort_keys=True, default=str)
     if key not in _made: _made[key] = training.stage(t, "source", needs, make)
     return _made[key]

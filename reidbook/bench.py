@@ -28,9 +28,9 @@ def seeded_features(
     dim: int = 2048,
     *,
     per_identity: int = 17,
-    noise: float = 1.0,                                      # spread within an identity; centres have spread 1
+    noise: float = 1.0,  # spread within an identity; centres have spread 1
     seed: int = 0,
-):                                                           # (N x dim float32 unit rows, N identities)
+):  # (N x dim float32 unit rows, N identities)
     "Clustered features, made block by block so that nothing but the result is large."
     rng = np.random.default_rng(seed)
     pids = rng.integers(0, max(2, n // per_identity), n)
@@ -39,7 +39,8 @@ def seeded_features(
     x = np.empty((n, dim), np.float32)
     for a in range(0, n, 4096):
         z = centres[pids[a:a + 4096]]
-        np.matmul(z + noise * rng.standard_normal(z.shape, dtype=np.float32), lift, out=x[a:a + 4096])
+        z = z + noise * rng.standard_normal(z.shape, dtype=np.float32)
+        np.matmul(z, lift, out=x[a:a + 4096])
         x[a:a + 4096] /= np.linalg.norm(x[a:a + 4096], axis=1, keepdims=True)
     return x, pids
 
@@ -51,10 +52,11 @@ def _status(field: str) -> float:
     raise KeyError(field)
 
 class Peak:
-    "`with Peak() as p: ...` then `p.mb`: the highest memory in use during the block, beyond what was in use before."
+    """`with Peak() as p: ...` then `p.mb`: the highest memory in use during the block,
+    beyond what was in use before."""
     def __enter__(self):
         try:
-            Path("/proc/self/clear_refs").write_text("5")    # the high-water mark starts again from here
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
             self.start = _status("VmRSS")
         except OSError:
             self.start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -83,7 +85,8 @@ def _engine(n, dim, eps, labels_to):
         t0 = time.perf_counter()
         found = neighbors.knn(x, 30, device="cpu")
         t1 = time.perf_counter()
-        graph = neighbors.jaccard_similarity(x, neighbors=found, min_similarity=clustering.min_similarity(eps))
+        least = clustering.min_similarity(eps)
+        graph = neighbors.jaccard_similarity(x, neighbors=found, min_similarity=least)
         labels = clustering.dbscan(graph, eps)
         return time.perf_counter() - t0, t1 - t0, labels
 
@@ -91,19 +94,22 @@ def _engine(n, dim, eps, labels_to):
     runs += [once() for _ in range(repeats(n) - 1)]
     total, search, labels = min(runs, key=lambda r: r[0])
     np.save(labels_to, labels)
-    return dict(n=n, dim=dim, knn_s=search, rest_s=total - search, peak_mb=peak.mb, clusters=int(labels.max() + 1))
+    return dict(n=n, dim=dim, knn_s=search, rest_s=total - search, peak_mb=peak.mb,
+                clusters=int(labels.max() + 1))
 
 # %% ../nbs/19_bench.ipynb #0020abcd
 def reference():
     "The module tests/reference.py of the checkout around the package or the current folder."
-    for root in (Path(__file__).parent.parent if "__file__" in globals() else Path.cwd(), Path.cwd(), Path.cwd().parent):
+    package = Path(__file__).parent.parent if "__file__" in globals() else Path.cwd()
+    for root in (package, Path.cwd(), Path.cwd().parent):
         path = root / "tests" / "reference.py"
         if path.exists():
             spec = importlib.util.spec_from_file_location("reidbook_reference", path)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             return module
-    raise FileNotFoundError("bench: tests/reference.py was not found; run `reidbook bench` from a checkout, or with --no-reference.")
+    raise FileNotFoundError("bench: tests/reference.py was not found; "
+                            "run `reidbook bench` from a checkout, or with --no-reference.")
 
 def _dense(n, dim, eps, labels_to):
     dense = reference()
@@ -144,9 +150,11 @@ def _evaluation(queries, gallery, dim, loop):
     out, tq, tg = torch.empty(384, gallery), torch.from_numpy(q), torch.from_numpy(g).T
 
     def product():
-        for a in range(0, queries, 384): torch.mm(tq[a:a + 384], tg, out=out[:min(384, queries - a)])
+        for a in range(0, queries, 384):
+            torch.mm(tq[a:a + 384], tg, out=out[:min(384, queries - a)])
 
-    row = dict(queries=queries, gallery=gallery, dim=dim, seconds=seconds, peak_mb=peak.mb, product_s=_best(product)[1], mAP=ours.mAP)
+    row = dict(queries=queries, gallery=gallery, dim=dim, seconds=seconds, peak_mb=peak.mb,
+               product_s=_best(product)[1], mAP=ours.mAP)
     if loop:
         near = q @ g.T
         row["scoring_s"] = _best(lambda: evaluation.evaluate_distances(-near, *ids))[1]
@@ -164,11 +172,13 @@ def _approximate(n, dim, eps, probes):
         t1 = time.perf_counter()
         recall = neighbors.recall_on_sample(x, found[1], seed=1)
         t2 = time.perf_counter()
-        graph = neighbors.jaccard_similarity(x, neighbors=found, min_similarity=clustering.min_similarity(eps))
+        least = clustering.min_similarity(eps)
+        graph = neighbors.jaccard_similarity(x, neighbors=found, min_similarity=least)
         labels = clustering.dbscan(graph, eps)
         t3 = time.perf_counter()
-    return dict(n=n, dim=dim, probes=probes, search_s=t1 - t0, rest_s=t3 - t2, recall_at_30=recall, peak_mb=peak.mb,
-                total_mb=peak.mb + x.nbytes / 2**20, clusters=int(labels.max() + 1))
+    return dict(n=n, dim=dim, probes=probes, search_s=t1 - t0, rest_s=t3 - t2,
+                recall_at_30=recall, peak_mb=peak.mb, total_mb=peak.mb + x.nbytes / 2**20,
+                clusters=int(labels.max() + 1))
 
 # %% ../nbs/19_bench.ipynb #0031abcd
 def _child(job, args):
@@ -178,7 +188,8 @@ def _child(job, args):
 def _measure(job, *args):
     "Run a job in a process of its own; None when it was killed (out of memory)."
     call = "import json, sys; from reidbook import bench; bench._child(*json.loads(sys.argv[1]))"
-    words = [sys.executable, "-c", call, json.dumps([job, [str(a) if isinstance(a, Path) else a for a in args]])]
+    args = [str(a) if isinstance(a, Path) else a for a in args]
+    words = [sys.executable, "-c", call, json.dumps([job, args])]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     if done.returncode < 0 or done.returncode == 137: return None
     done.check_returncode()
@@ -191,44 +202,59 @@ def bench_clustering(n: int, dim: int = 2048, eps: float = 0.6, dense: bool = Tr
     with tempfile.TemporaryDirectory() as folder:
         a, b = Path(folder) / "engine.npy", Path(folder) / "dense.npy"
         row = _measure("_engine", n, dim, eps, a)
-        if row is None: raise MemoryError(f"bench: the engine was killed at N = {n:,}; free some memory or lower N.")
+        if row is None:
+            raise MemoryError(f"bench: the engine was killed at N = {n:,}; "
+                              "free some memory or lower N.")
         other = _measure("_dense", n, dim, eps, b) if dense else None
         if other:
             other["same_labels"] = bool(np.array_equal(np.load(a), np.load(b)))
-            other["ratio"] = (other["dense_knn_s"] + other["dense_rest_s"]) / (row["knn_s"] + row["rest_s"])
-    return row | (other or dict(dense_knn_s=None, dense_rest_s=None, dense_peak_mb=None, same_labels=None, ratio=None))
+            dense_s = other["dense_knn_s"] + other["dense_rest_s"]
+            other["ratio"] = dense_s / (row["knn_s"] + row["rest_s"])
+    nothing = dict(dense_knn_s=None, dense_rest_s=None, dense_peak_mb=None,
+                   same_labels=None, ratio=None)
+    return row | (other or nothing)
 
 # %% ../nbs/19_bench.ipynb #0037abcd
 def show(results: dict) -> str:
     "The results as plain text."
-    cells = lambda *values: " | ".join("-" if v is None else f"{v:,}" if isinstance(v, (int, str)) and not isinstance(v, (bool, str)) else
-                                        str(v) if isinstance(v, (bool, str)) else f"{v:,.2f}" for v in values)
-    lines = [results["machine"], "", "N | kNN s | rest s | MB | dense s | dense MB | times faster | same labels"]
+    def cell(v):
+        if v is None: return "-"
+        if isinstance(v, (bool, str)): return str(v)
+        return f"{v:,}" if isinstance(v, int) else f"{v:,.2f}"
+
+    cells = lambda *values: " | ".join(map(cell, values))
+    lines = [results["machine"], "",
+             "N | kNN s | rest s | MB | dense s | dense MB | times faster | same labels"]
     for r in results["clustering"]:
         dense = None if r["dense_knn_s"] is None else r["dense_knn_s"] + r["dense_rest_s"]
-        lines.append(cells(r["n"], r["knn_s"], r["rest_s"], r["peak_mb"], dense, r["dense_peak_mb"], r["ratio"], r["same_labels"]))
-    lines += ["", "queries x gallery | evaluate s | of it the bare product s | scoring alone s | scikit-learn loop s | MB"]
+        lines.append(cells(r["n"], r["knn_s"], r["rest_s"], r["peak_mb"], dense,
+                           r["dense_peak_mb"], r["ratio"], r["same_labels"]))
+    lines += ["", "queries x gallery | evaluate s | of it the bare product s | "
+                  "scoring alone s | scikit-learn loop s | MB"]
     for r in results["evaluation"]:
-        lines.append(cells(f"{r['queries']:,} x {r['gallery']:,}", r["seconds"], r["product_s"], r.get("scoring_s"), r.get("loop_s"), r["peak_mb"]))
-    if results["approximate"]: lines += ["", "approximate: " + ", ".join(f"{k} {v:,.3g}" if isinstance(v, float) else f"{k} {v:,}"
-                                                                        for k, v in results["approximate"].items())]
+        lines.append(cells(f"{r['queries']:,} x {r['gallery']:,}", r["seconds"], r["product_s"],
+                           r.get("scoring_s"), r.get("loop_s"), r["peak_mb"]))
+    said = [f"{k} {v:,.3g}" if isinstance(v, float) else f"{k} {v:,}"
+            for k, v in results["approximate"].items()]
+    if said: lines += ["", "approximate: " + ", ".join(said)]
     return "\n".join(lines)
 
 # %% ../nbs/19_bench.ipynb #0038abcd
 def run_bench(
-    sizes=(4000, 12936),                                     # N for clustering
+    sizes=(4000, 12936),             # N for clustering
     *,
     dim: int = 2048,
-    dense_up_to: int = 35_000,                               # the reference needs about 12 bytes per pair of images
-    evaluations=((3368, 15913),),                            # (queries, gallery)
-    loop_up_to: int = 5_000,                                 # queries for which the per-query loop is run too
-    approximate: int = 0,                                    # N of the approximate run, 256-d; 0: none
+    dense_up_to: int = 35_000,       # the reference needs about 12 bytes per pair of images
+    evaluations=((3368, 15913),),    # (queries, gallery)
+    loop_up_to: int = 5_000,         # queries for which the per-query loop is run too
+    approximate: int = 0,            # N of the approximate run, 256-d; 0: none
     probes: int = 16,
-    out=None,                                                # a .json to write
+    out=None,                        # a .json to write
 ) -> dict:
     "Measure, print as rows arrive, and write the results."
-    results = dict(machine=f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__.split('+')[0]}, "
-                           f"{torch.get_num_threads()} threads", clustering=[], evaluation=[], approximate={})
+    machine = (f"{os.cpu_count()} CPU cores ({platform.machine()}), "
+               f"torch {torch.__version__.split('+')[0]}, {torch.get_num_threads()} threads")
+    results = dict(machine=machine, clustering=[], evaluation=[], approximate={})
     def keep():
         if out: Path(out).write_text(json.dumps(results, indent=1) + "\n")
     for n in sizes:
@@ -237,7 +263,8 @@ def run_bench(
     for q, g in evaluations:
         results["evaluation"].append(_measure("_evaluation", q, g, dim, q <= loop_up_to))
         keep()
-    if approximate: results["approximate"] = _measure("_approximate", approximate, 256, 0.6, probes) or {}
+    if approximate:
+        results["approximate"] = _measure("_approximate", approximate, 256, 0.6, probes) or {}
     keep()
     print(show(results))
     return results
@@ -245,17 +272,22 @@ def run_bench(
 # %% ../nbs/19_bench.ipynb #0042abcd
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     "The options of `reidbook bench`."
-    parser.add_argument("--sizes", type=int, nargs="*", default=[4000, 12936], help="numbers of images for clustering")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[4000, 12936],
+                        help="numbers of images for clustering")
     parser.add_argument("--dim", type=int, default=2048, help="feature length")
-    parser.add_argument("--full", action="store_true", help="all committed rows, up to 1,000,000 images (a quarter of an hour)")
-    parser.add_argument("--no-reference", action="store_true", help="skip the dense implementation of tests/reference.py")
+    parser.add_argument("--full", action="store_true",
+                        help="all committed rows, up to 1,000,000 images (a quarter of an hour)")
+    parser.add_argument("--no-reference", action="store_true",
+                        help="skip the dense implementation of tests/reference.py")
     parser.add_argument("--out", help="write the results to this .json")
     return parser
 
 def main(args=None) -> int:
-    "`reidbook bench`: `args` is the parsed namespace, a list of strings, or None for the command line."
+    """`reidbook bench`: `args` is the parsed namespace, a list of strings,
+    or None for the command line."""
     if args is None or isinstance(args, (list, tuple)):
-        parser = argparse.ArgumentParser("reidbook bench", description="Time the engine beside a dense reference.")
+        about = "Time the engine beside a dense reference."
+        parser = argparse.ArgumentParser("reidbook bench", description=about)
         args = add_arguments(parser).parse_args(args)
     options = dict(sizes=args.sizes, dim=args.dim, out=args.out)
     if args.full:

@@ -20,34 +20,40 @@ from .models import extract_features
 
 # %% ../nbs/18_own_data.ipynb #0036abcd
 class Embedder(nn.Module):
-    "The whole way from pixels to vectors: B x 3 x H x W uint8 (RGB) to B x D of length 1, and B x P x D where the network has parts."
+    """The whole way from pixels to vectors: B x 3 x H x W uint8 (RGB) to B x D of length 1,
+    and B x P x D where the network has parts."""
     def __init__(self, model):  # gives (global, parts), as ReIDModel
         super().__init__()
         self.model = model
-        for name, values in (("mean", MEAN), ("std", STD)): self.register_buffer(name, 255 * torch.tensor(values)[:, None, None])
+        for name, values in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, 255 * torch.tensor(values)[:, None, None])
 
     def forward(self, images):
         "Normalise, embed, scale to length 1."
         g, p = self.model((images.float() - self.mean) / self.std)
-        return F.normalize(g, dim=1) if p is None else (F.normalize(g, dim=1), F.normalize(p, dim=2))
+        if p is None: return F.normalize(g, dim=1)
+        return F.normalize(g, dim=1), F.normalize(p, dim=2)
 
 # %% ../nbs/18_own_data.ipynb #0039abcd
 def _write_pt2(network, example, path):
     "A torch.export program; the number of images is free."
-    program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    free = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(network, (example,), dynamic_shapes=free)
     torch.export.save(program, path)
 
 def _write_onnx(network, example, path):
     "An ONNX graph in one file; the number of images is free."
     names = ["features", "parts"][:1 if torch.is_tensor(network(example)) else 2]
-    torch.onnx.export(network, (example,), path, input_names=["images"], output_names=names, dynamo=True, external_data=False,
-                      dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), verbose=False)
+    torch.onnx.export(network, (example,), path, input_names=["images"], output_names=names,
+                      dynamo=True, external_data=False, verbose=False,
+                      dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
 
 WRITERS = {".pt2": _write_pt2, ".onnx": _write_onnx}
 
 # %% ../nbs/18_own_data.ipynb #0041abcd
 def load_exported(path):  # a file from `export_model`
-    "A function from images (N x 3 x H x W uint8) to a list of arrays: global features, and parts where the network has them."
+    """A function from images (N x 3 x H x W uint8) to a list of arrays:
+    global features, and parts where the network has them."""
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no exported network at {path}")
     if path.suffix == ".onnx":
@@ -66,20 +72,29 @@ def export_model(model,  # a trained network that gives (global, parts), as ReID
                  size,   # (height, width) of the images it was trained on
                  tolerance=1e-4,  # largest difference of a feature that is accepted
                  ) -> float:      # the largest difference that was found
-    "Write a network with everything around it to one file, and prove that the file gives the same features; ValueError when it does not, and no file."
+    """Write a network with everything around it to one file, and prove that the file gives
+    the same features; ValueError when it does not, and no file."""
     path, size = Path(path), tuple(size)
-    if path.suffix not in WRITERS: raise ValueError(f"{path.name}: expected a name that ends in {' or '.join(WRITERS)}")
+    if path.suffix not in WRITERS:
+        raise ValueError(f"{path.name}: expected a name that ends in {' or '.join(WRITERS)}")
     network = Embedder(copy.deepcopy(model).cpu()).eval().requires_grad_(False)
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(0, 256, (n, 3, *size), np.uint8)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try: WRITERS[path.suffix](network, torch.from_numpy(draw(2)), part)
-    except ImportError as e: raise ValueError(f"{path.suffix} needs a package that is missing ({e.name}): pip install onnx onnxscript onnxruntime") from None
+    except ImportError as e:
+        raise ValueError(f"{path.suffix} needs a package that is missing ({e.name}): "
+                         "pip install onnx onnxscript onnxruntime") from None
     try:
-        run = load_exported(part)
-        worst = max(np.abs(run(images)[i] - f).max() for images in (draw(1), draw(5))
-                    for i, f in enumerate(f for f in extract_features(network.model, images, device="cpu")[:2] if f is not None))
-        if not worst <= tolerance: raise ValueError(f"{path.name}: features differ by {worst:.2g}, more than {tolerance:g}; nothing was written")
+        run, differences = load_exported(part), []
+        for images in (draw(1), draw(5)):
+            expected = extract_features(network.model, images, device="cpu")[:2]
+            expected = [f for f in expected if f is not None]
+            differences += [np.abs(a - f).max() for a, f in zip(run(images), expected, strict=True)]
+        worst = max(differences)
+        if not worst <= tolerance:
+            raise ValueError(f"{path.name}: features differ by {worst:.2g}, "
+                             f"more than {tolerance:g}; nothing was written")
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
     return float(worst)

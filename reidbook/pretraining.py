@@ -39,10 +39,12 @@ def view_maker(size,   # (height, width)
                ):      # function of a uint8 image that gives a float view
     "Random crop, flip, colours, blur: the augmentations of DINO (Caron et al. 2021)."
     kernel = 2 * (size[0] // 32) + 1
-    steps = [v2.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC, antialias=True), v2.RandomHorizontalFlip(),
-             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), v2.RandomGrayscale(0.2),
-             v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], blur), v2.RandomSolarize(128, solarise),
-             v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
+    steps = [v2.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC,
+                                  antialias=True),
+             v2.RandomHorizontalFlip(), v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+             v2.RandomGrayscale(0.2), v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], blur),
+             v2.RandomSolarize(128, solarise), v2.ToDtype(torch.float32, scale=True),
+             v2.Normalize([0.5] * 3, [0.5] * 3)]
     return v2.Compose(steps)
 
 # %% ../nbs/17_pretraining.ipynb #0019abcd
@@ -52,21 +54,30 @@ class Views(torch.utils.data.Dataset):
                  s):            # settings
         self.images, self.local = images, s["local"]
         big, small = (s["height"], s["width"]), (s["height"] // 2, s["width"] // 2)
-        self.makers = view_maker(big, s["global_scale"], 1.0), view_maker(big, s["global_scale"], 0.1, 0.2), view_maker(small, s["local_scale"], 0.5)
+        self.makers = (view_maker(big, s["global_scale"], 1.0),
+                       view_maker(big, s["global_scale"], 0.1, 0.2),
+                       view_maker(small, s["local_scale"], 0.5))
     def __len__(self): return len(self.images)
     def __getitem__(self, i):
         image = self.images[i]
-        image = torch.from_numpy(np.array(image if isinstance(image, np.ndarray) else np.asarray(open_image(image)).transpose(2, 0, 1)))
+        if not isinstance(image, np.ndarray):
+            image = np.asarray(open_image(image)).transpose(2, 0, 1)
+        image = torch.from_numpy(np.array(image))
         one, two, piece = self.makers
-        return [one(image), two(image), *[piece(area(image, a)) for a in range(3) for _ in range(self.local)]]
+        whole = [one(image), two(image)]
+        return whole + [piece(area(image, a)) for a in range(3) for _ in range(self.local)]
 
 # %% ../nbs/17_pretraining.ipynb #0021abcd
-PAPER = dict(backbone="vit_small_pass", height=256, width=128, global_scale=(0.4, 1.0), local_scale=(0.1, 0.8), local=3,
-             batch_size=1024, epochs=100, warm_epochs=10, lr=5e-4, min_lr=1e-6,  # lr for 256 images; 8 GPUs x 128 in the paper
-             weight_decay=0.04, last_decay=0.4, momentum=0.996, center_momentum=0.9, teacher_t=0.04, student_t=0.1,
-             outputs=65536, hidden=2048, bottleneck=256, clip=3.0, freeze=1, drop_path=0.1, workers=16)
-TINY = PAPER | dict(backbone="vit_tiny_pass", height=64, width=32, batch_size=64, epochs=20, warm_epochs=2, lr=2e-3, momentum=0.98,
-                    outputs=1024, hidden=256, bottleneck=64, workers=0)
+PAPER = dict(
+    backbone="vit_small_pass", height=256, width=128, global_scale=(0.4, 1.0),
+    local_scale=(0.1, 0.8), local=3, batch_size=1024, epochs=100, warm_epochs=10,
+    lr=5e-4, min_lr=1e-6,  # lr for 256 images; 8 GPUs x 128 in the paper
+    weight_decay=0.04, last_decay=0.4, momentum=0.996, center_momentum=0.9,
+    teacher_t=0.04, student_t=0.1, outputs=65536, hidden=2048, bottleneck=256,
+    clip=3.0, freeze=1, drop_path=0.1, workers=16)
+TINY = PAPER | dict(backbone="vit_tiny_pass", height=64, width=32, batch_size=64, epochs=20,
+                    warm_epochs=2, lr=2e-3, momentum=0.98, outputs=1024, hidden=256,
+                    bottleneck=64, workers=0)
 PRESETS = {"paper": PAPER, "tiny": TINY}
 
 # %% ../nbs/17_pretraining.ipynb #0024abcd
@@ -74,10 +85,12 @@ class Head(nn.Module):
     "DINO's head: B x D to B x outputs; cosines between a bottleneck and the classes."
     def __init__(self, width, hidden, bottleneck, outputs):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden),
+                                 nn.GELU(), nn.Linear(hidden, bottleneck))
         self.last = nn.Linear(bottleneck, outputs, bias=False)
         for m in self.mlp[::2]: nn.init.trunc_normal_(m.weight, std=0.02); nn.init.zeros_(m.bias)
-    def forward(self, x): return F.linear(F.normalize(self.mlp(x), dim=1), F.normalize(self.last.weight, dim=1))
+    def forward(self, x):
+        return F.linear(F.normalize(self.mlp(x), dim=1), F.normalize(self.last.weight, dim=1))
 
 # %% ../nbs/17_pretraining.ipynb #0026abcd
 class PartDINO(nn.Module):
@@ -85,10 +98,15 @@ class PartDINO(nn.Module):
     def __init__(self, s, drop_path=0.0):
         super().__init__()
         size, words = parse(s["backbone"])
-        if "pass" not in words: raise ValueError(f"backbone {s['backbone']!r} has no part tokens to pre-train; expected vit_{size}_pass")
-        grid = s["height"] // SIZES[size].get("patch", 16), s["width"] // SIZES[size].get("patch", 16)
-        self.backbone = ViT(**(SIZES[size] | dict(drop_path=drop_path, grid=grid)), parts=3, stem="ics" in words)
-        self.heads = nn.ModuleList(Head(SIZES[size]["width"], s["hidden"], s["bottleneck"], s["outputs"]) for _ in range(4))
+        if "pass" not in words:
+            raise ValueError(f"backbone {s['backbone']!r} has no part tokens to pre-train; "
+                             f"expected vit_{size}_pass")
+        shape, patch = SIZES[size], SIZES[size].get("patch", 16)
+        grid = s["height"] // patch, s["width"] // patch
+        self.backbone = ViT(**(shape | dict(drop_path=drop_path, grid=grid)), parts=3,
+                            stem="ics" in words)
+        head = lambda: Head(shape["width"], s["hidden"], s["bottleneck"], s["outputs"])
+        self.heads = nn.ModuleList(head() for _ in range(4))
     def whole(self, views):
         "Global views: 4 x B x outputs."
         return torch.stack([head(t) for head, t in zip(self.heads, self.backbone(views).unbind(1))])
@@ -98,20 +116,24 @@ class PartDINO(nn.Module):
         return torch.stack([self.heads[0](tokens[:, 0]), self.heads[1 + a](tokens[:, 1])])
 
 # %% ../nbs/17_pretraining.ipynb #0028abcd
-def dino_loss(teacher,  # 4 x 2B x K: class token and parts of the global views, first views then second ones
+def dino_loss(# 4 x 2B x K: class token and parts of the global views, first views then second ones
+              teacher,
               student,  # 4 x 2B x K
-              pieces,   # 3 x 2 x LB x K: of each area, class token and part token of its L local views
+              # 3 x 2 x LB x K: of each area, class token and part token of its L local views
+              pieces,
               centers,  # 4 x 1 x K
               teacher_t=0.04, student_t=0.1,
               ):        # scalar
-    "Cross-entropy between the centred, sharpened teacher and the student over all pairs of different views (PASS, section 3)."
+    """Cross-entropy between the centred, sharpened teacher and the student
+    over all pairs of different views (PASS, section 3)."""
     total, terms, batch = 0.0, 0, teacher.shape[1] // 2
     for h in range(4):
         local = pieces[:, 0].flatten(0, 1) if h == 0 else pieces[h - 1, 1]
         q = ((teacher[h] - centers[h]) / teacher_t).softmax(1).detach().unflatten(0, (2, batch))
         p = (torch.cat([student[h], local]) / student_t).log_softmax(1).unflatten(0, (-1, batch))
         pairs = -torch.einsum("qbk,vbk->qv", q, p) / batch
-        pairs = pairs.masked_fill(torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device), 0.0)
+        diagonal = torch.eye(*pairs.shape, dtype=torch.bool, device=pairs.device)
+        pairs = pairs.masked_fill(diagonal, 0.0)
         total, terms = total + pairs.sum(), terms + pairs.numel() - 2
     return total / terms
 
@@ -127,24 +149,32 @@ def cosine(step, steps, first, last):
 def schedule(s, step, steps):
     "Learning rate, weight decay and teacher momentum of a step."
     warm, peak = steps * s["warm_epochs"] // s["epochs"], s["lr"] * s["batch_size"] / 256
-    lr = peak * step / warm if step < warm else cosine(step - warm, max(steps - warm, 1), peak, s["min_lr"])
-    return lr, cosine(step, steps, s["weight_decay"], s["last_decay"]), cosine(step, steps, s["momentum"], 1.0)
+    if step < warm: lr = peak * step / warm
+    else: lr = cosine(step - warm, max(steps - warm, 1), peak, s["min_lr"])
+    decay = cosine(step, steps, s["weight_decay"], s["last_decay"])
+    return lr, decay, cosine(step, steps, s["momentum"], 1.0)
 
 # %% ../nbs/17_pretraining.ipynb #0035abcd
 def start(images,         # paths, or N x 3 x H x W uint8
           settings=None,  # changes to TINY
           seed=0, out=None, device="auto"):
-    "State of a pre-training; continues from `out/checkpoint.pt` when there is one. ValueError when the images do not fill a batch."
+    """State of a pre-training; continues from `out/checkpoint.pt` when there is one.
+    ValueError when the images do not fill a batch."""
     s, device = TINY | (settings or {}), pick_device(device)
-    if len(images) < s["batch_size"]: raise ValueError(f"{len(images)} images, fewer than a batch of {s['batch_size']}; add images or lower batch_size")
+    if len(images) < s["batch_size"]:
+        raise ValueError(f"{len(images)} images, fewer than a batch of {s['batch_size']}; "
+                         "add images or lower batch_size")
     torch.manual_seed(seed)
     student, teacher = PartDINO(s, s["drop_path"]).to(device), PartDINO(s).to(device)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     decayed = [p for p in student.parameters() if p.ndim > 1]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": [p for p in student.parameters() if p.ndim <= 1], "weight_decay": 0.0}])
-    t = dict(images=images, settings=s, seed=seed, out=out and Path(out), device=device, student=student, teacher=teacher, optimizer=optimizer,
-             centers=torch.zeros(4, 1, s["outputs"], device=device), epoch=0, history=[])
+    free = [p for p in student.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": free, "weight_decay": 0.0}])
+    centers = torch.zeros(4, 1, s["outputs"], device=device)
+    t = dict(images=images, settings=s, seed=seed, out=out and Path(out), device=device,
+             student=student, teacher=teacher, optimizer=optimizer, centers=centers,
+             epoch=0, history=[])
     if out and (Path(out) / "checkpoint.pt").exists(): load(t)
     return t
 
@@ -153,18 +183,23 @@ def one_step(t, views, step, steps):
     "One batch: the loss, after the student has stepped and the teacher has followed."
     s, student, teacher = t["settings"], t["student"], t["teacher"]
     lr, decay, momentum = schedule(s, step, steps)
-    for group, wd in zip(t["optimizer"].param_groups, (decay, 0.0)): group.update(lr=lr, weight_decay=wd)
+    for group, wd in zip(t["optimizer"].param_groups, (decay, 0.0)):
+        group.update(lr=lr, weight_decay=wd)
     views = [v.to(t["device"], non_blocking=True) for v in views]
-    both, local = torch.cat(views[:2]), [torch.cat(views[2 + a * s["local"]:2 + (a + 1) * s["local"]]) for a in range(3)]
+    both, L = torch.cat(views[:2]), s["local"]
+    local = [torch.cat(views[2 + a * L:2 + (a + 1) * L]) for a in range(3)]
     with torch.autocast(t["device"].type, torch.bfloat16, enabled=t["device"].type == "cuda"):
         with torch.no_grad(): said = teacher.whole(both)
-        answers, pieces = student.whole(both), torch.stack([student.piece(v, a) for a, v in enumerate(local)])
-    loss = dino_loss(said.float(), answers.float(), pieces.float(), t["centers"], s["teacher_t"], s["student_t"])
-    if not torch.isfinite(loss): raise ValueError(f"the loss is {loss.item()} at step {step}; lower lr (now {lr:g})")
+        answers = student.whole(both)
+        pieces = torch.stack([student.piece(v, a) for a, v in enumerate(local)])
+    loss = dino_loss(said.float(), answers.float(), pieces.float(), t["centers"],
+                     s["teacher_t"], s["student_t"])
+    if not torch.isfinite(loss):
+        raise ValueError(f"the loss is {loss.item()} at step {step}; lower lr (now {lr:g})")
     t["optimizer"].zero_grad(set_to_none=True)
     loss.backward()
-    for p in student.parameters():
-        if p.grad is not None: nn.utils.clip_grad_norm_(p, s["clip"])  # tensor by tensor, as DINO does
+    for p in student.parameters():  # tensor by tensor, as DINO does
+        if p.grad is not None: nn.utils.clip_grad_norm_(p, s["clip"])
     if t["epoch"] < s["freeze"]:
         for head in student.heads: head.last.weight.grad = None
     t["optimizer"].step()
@@ -180,29 +215,39 @@ def epochs(t):
     while t["epoch"] < s["epochs"]:
         generator = torch.Generator().manual_seed(1000 * t["seed"] + t["epoch"])
         torch.manual_seed(1000 * t["seed"] + t["epoch"])
-        loader = torch.utils.data.DataLoader(Views(t["images"], s), s["batch_size"], shuffle=True, drop_last=True, num_workers=s["workers"],
-                                             generator=generator, pin_memory=t["device"].type == "cuda")
+        loader = torch.utils.data.DataLoader(
+            Views(t["images"], s), s["batch_size"], shuffle=True, drop_last=True,
+            num_workers=s["workers"], generator=generator, pin_memory=t["device"].type == "cuda")
         t["student"].train()
         losses, used, each = [], [], []
-        for i, views in enumerate(tqdm(loader, desc=f"epoch {t['epoch'] + 1}", leave=False, delay=3)):
-            loss, said = one_step(t, views, t["epoch"] * len(loader) + i, s["epochs"] * len(loader))
+        steps = len(loader)
+        bar = tqdm(loader, desc=f"epoch {t['epoch'] + 1}", leave=False, delay=3)
+        for i, views in enumerate(bar):
+            loss, said = one_step(t, views, t["epoch"] * steps + i, s["epochs"] * steps)
             q = ((said[0] - t["centers"][0]) / s["teacher_t"]).float().softmax(1)
             entropy = lambda p: -(p * p.clamp(min=1e-12).log()).sum(-1)
-            losses.append(loss.item()); used.append(entropy(q.mean(0)).exp().item()); each.append(entropy(q).mean().exp().item())
+            losses.append(loss.item())
+            used.append(entropy(q.mean(0)).exp().item())
+            each.append(entropy(q).mean().exp().item())
         t["epoch"] += 1
-        t["history"].append({"epoch": t["epoch"], "loss": np.mean(losses).item(), "classes_used": np.mean(used).item(), "classes_each": np.mean(each).item()})
+        t["history"].append({"epoch": t["epoch"], "loss": np.mean(losses).item(),
+                             "classes_used": np.mean(used).item(),
+                             "classes_each": np.mean(each).item()})
         if t["out"]: save(t)
         yield t["history"][-1]
 
 # %% ../nbs/17_pretraining.ipynb #0041abcd
 def save(t):
-    "`out/checkpoint.pt`, whole or not at all, and the teacher's backbone in `out/backbone.safetensors`."
+    """`out/checkpoint.pt`, whole or not at all,
+    and the teacher's backbone in `out/backbone.safetensors`."""
     t["out"].mkdir(parents=True, exist_ok=True)
-    blob = {k: t[k].state_dict() for k in ("student", "teacher", "optimizer")} | {k: t[k] for k in ("centers", "epoch", "history")}
+    blob = {k: t[k].state_dict() for k in ("student", "teacher", "optimizer")}
+    blob |= {k: t[k] for k in ("centers", "epoch", "history")}
     torch.save(blob, t["out"] / "checkpoint.tmp")
     os.replace(t["out"] / "checkpoint.tmp", t["out"] / "checkpoint.pt")
     from safetensors.torch import save_file
-    save_file({k: v.contiguous().cpu() for k, v in t["teacher"].backbone.state_dict().items()}, t["out"] / "backbone.safetensors")
+    tensors = {k: v.contiguous().cpu() for k, v in t["teacher"].backbone.state_dict().items()}
+    save_file(tensors, t["out"] / "backbone.safetensors")
 
 def load(t):
     "Continue from `out/checkpoint.pt`."
