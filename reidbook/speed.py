@@ -136,7 +136,6 @@ def bench_parser():
 # %% ../nbs/19_speed.ipynb #0039abcd
 def main(words=None):
     "`reidbook bench train`."
-    from reidbook.cli import parse_settings
     args = bench_parser().parse_args(words)
-    row = bench_train(args.dataset, args.device, args.batches, args.workers, **parse_settings(args.param))
+    row = bench_train(args.dataset, args.device, args.batches, args.workers, **training.parse_settings(args.param))
     for k, v in row.items(): print(f"{k:10s}{v:.2f}" if isinstance(v, float) else f"{k:10s}{v}")

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['KINDS', 'LARGEST', 'PRECISIONS', 'SETTINGS', 'SYNTHETIC', 'DATASETS', 'STARTS', 'FIRST_STAGES', 'PARTS', 'LAPS',
            'LOCKS', 'CHECKPOINTS', 'Setting', 'is_a', 'by_dataset', 'Settings', 'declared', 'defaults', 'plug_name',
-           'layers', 'resolve', 'known_backbone', 'check_together', 'Plan', 'Method', 'Plug', 'find_plug',
-           'first_stage', 'start', 'open_images', 'read_in_turn', 'clock', 'start_clock', 'timed', 'time_so_far',
-           'add_earlier_time', 'make_optimizer', 'fresh_network', 'run_network', 'quicken', 'settings_rows',
-           'seed_epoch', 'features', 'make_labels', 'check_labels', 'batches', 'read', 'ahead', 'augmented', 'view',
-           'train_epoch', 'has_test', 'test', 'score', 'epochs', 'one_epoch', 'describe_labels', 'describe_test',
-           'write_whole', 'hold', 'lock', 'in_use', 'release', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint',
-           'stage', 'note_stage', 'stage_time', 'write_stage', 'plot_history']
+           'layers', 'resolve', 'known_backbone', 'check_together', 'parse_value', 'parse_settings', 'Plan', 'Method',
+           'Plug', 'find_plug', 'first_stage', 'start', 'open_images', 'read_in_turn', 'clock', 'start_clock', 'timed',
+           'time_so_far', 'add_earlier_time', 'make_optimizer', 'fresh_network', 'run_network', 'quicken',
+           'settings_rows', 'seed_epoch', 'features', 'make_labels', 'check_labels', 'batches', 'read', 'ahead',
+           'augmented', 'view', 'train_epoch', 'has_test', 'test', 'score', 'epochs', 'one_epoch', 'describe_labels',
+           'describe_test', 'write_whole', 'hold', 'lock', 'in_use', 'release', 'save_checkpoint', 'read_checkpoint',
+           'load_checkpoint', 'stage', 'note_stage', 'stage_time', 'write_stage', 'plot_history']
 
 # %% ../nbs/09_training.ipynb #0003abcd
 import contextlib
@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import yaml
 
 from . import parallel
 from .data import column, load_images, pk_batches, train_transform
@@ -259,6 +260,28 @@ def check_together(s):
     if s.batch_size % s.instances:
         raise ValueError(f"setting batch_size={s.batch_size}: expected a multiple of "
                          f"instances={s.instances}; change either")
+
+# %% ../nbs/09_training.ipynb #0131bbcd
+def parse_value(text):
+    "A YAML scalar; `1e-3` is a number."
+    value = yaml.safe_load(text)
+    if value != text.strip(): return value  # no bare word
+    try: return float(value)
+    except ValueError: return value
+
+# %% ../nbs/09_training.ipynb #0132bbcd
+def parse_settings(pairs) -> dict:
+    "`['epochs=8', 'lr=1e-3']` as a dict; ValueError for a word without `=`."
+    out = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"-p {pair!r}: expected name=value, such as -p epochs=8")
+        try: out[name.strip()] = parse_value(value)
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+            raise ValueError(f"-p {pair!r:.80}: the value is not YAML; a text with signs "
+                             "needs quotes, such as -p 'weights=\"a: b\"'") from None
+    return out
 
 # %% ../nbs/09_training.ipynb #0016abcd
 class Plan(NamedTuple):

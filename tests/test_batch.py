@@ -104,7 +104,7 @@ def test_the_same_run_twice_is_one_run(root):
 
 
 def test_settings_travel_through_the_command_line(root):
-    from reidbook.cli import parse_settings
+    from reidbook.training import parse_settings
     settings = {"lr": 1e-05, "prefer_other_cameras": False, "start": "histogram", "epochs": 2}
     [run] = batch.plan_batch(batch.grid(["synthetic-tiny"], ["baseline"], settings=settings), root, "cpu")
     assert parse_settings([b for a, b in zip(run.words, run.words[1:]) if a == "-p"]) == settings

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from reidbook import runs
-from reidbook.cli import main, parse_settings
+from reidbook.cli import main
+from reidbook.training import parse_settings
 
 project = Path(__file__).parent.parent
 overrides = yaml.safe_load((project / "tests" / "overrides.yaml").read_text())
@@ -194,6 +195,12 @@ def test_identity_depends_on_settings_code_and_data(root, monkeypatch):
 
 def test_words_become_values():
     assert parse_settings(["a=1", "b=1e-3", "c=true", "d=none", "e=[1, 2]", "f=x=y"]) == {"a": 1, "b": 1e-3, "c": True, "d": "none", "e": [1, 2], "f": "x=y"}
+
+
+def test_names_that_moved_work_with_a_warning():
+    from reidbook import cli
+    with pytest.warns(DeprecationWarning, match="training.parse_settings"): assert cli.parse_settings is parse_settings
+    with pytest.raises(AttributeError): cli.nothing
 
 
 def test_the_command_is_installed_and_helpful():
