@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'POOLING', 'WEIGHTS', 'TORCHVISION', 'IBN_NET', 'IMAGENET', 'SCALARS', 'KINDS', 'STAGES', 'LATER', 'IBN',
            'GeM', 'Average', 'GroupedBatchNorm1d', 'GroupedBatchNorm2d', 'Features', 'stripes', 'ReIDModel',
-           'read_state', 'kind_of', 'load_state', 'our_names', 'load_pretrained', 'create_model', 'pick_device',
-           'extract_features']
+           'what_lies_at', 'load_plain', 'read_state', 'read_safetensors', 'kind_of', 'load_state', 'our_names',
+           'load_pretrained', 'create_model', 'pick_device', 'extract_features']
 
 # %% ../nbs/03_models.ipynb #0003abcd
 import argparse
 import importlib
 import math
+import os
 import re
 from collections import OrderedDict
 from functools import partial
@@ -151,19 +152,68 @@ IMAGENET = {"resnet18": TORCHVISION + "resnet18-f37072fd.pth", "resnet34": TORCH
             "resnet50_ibn": IBN_NET + "resnet50_ibn_a-d9d0bb7b.pth", "resnet101_ibn": IBN_NET + "resnet101_ibn_a-59ea0ac6.pth"}
 
 # %% ../nbs/03_models.ipynb #0057abcd
-SCALARS = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")] + [np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, argparse.Namespace]
+SCALARS = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
+           for core in ("core", "_core")]
+SCALARS += [np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, argparse.Namespace]
+
+# %% ../nbs/03_models.ipynb #41c0d7ea
+def what_lies_at(path):
+    "What is at a path where a file of tensors was expected, in words."
+    path = Path(path)
+    if not os.path.lexists(path): return "not there"
+    if path.is_dir(): return "a folder"
+    if not path.is_file(): return "a pipe, a device or a broken link"
+    with open(path, "rb") as file: start = file.read(64)
+    if not start: return "empty"
+    if start.startswith(b"PK"): return "cut short or damaged, or an archive of another kind"
+    try: text = start.decode()
+    except UnicodeDecodeError: return "of another kind, or damaged"
+    if text.isprintable() or "\n" in text: return f"text, beginning {text[:20]!r}"
+    return "of another kind, or damaged"
+
+def load_plain(path, device="cpu"):
+    "What a torch file holds: tensors and plain data; ValueError says what it is instead."
+    found = f"{path} is {what_lies_at(path)}: expected a file that torch.save wrote"
+    if not Path(path).is_file(): raise ValueError(found)
+    try:
+        with torch.serialization.safe_globals(SCALARS):
+            return torch.load(path, map_location=device, weights_only=True)
+    except OSError: raise  # no access
+    except Exception as e:
+        if other := re.search(r"GLOBAL ([\w.]+)", str(e)):
+            found = (f"{path} holds an object of {other[1]}, and reading such a file may run code, "
+                     "so it was not read: expected tensors and plain data")
+    raise ValueError(found)
 
 # %% ../nbs/03_models.ipynb #0058abcd
 def read_state(path):
-    "Name -> tensor of a checkpoint file (.safetensors, or a torch file read with `weights_only=True`), `module.` stripped; FileNotFoundError without the file."
+    """Name -> tensor of a checkpoint file (.safetensors, or a torch file of plain data),
+    `module.` stripped. FileNotFoundError without the file, ValueError when it is something else."""
     path = Path(path).expanduser()
-    if not path.is_file(): raise FileNotFoundError(f"no weights file at {path}: give the path of a .safetensors, .pth or .pth.tar file")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-        return load_file(path)
-    with torch.serialization.safe_globals(SCALARS): state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model", "teacher"): state = state.get(key, state)  # released files; this book's own checkpoints; DINO's
-    return {k.removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
+    kinds = "a .safetensors, .pth or .pth.tar file"
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"no weights file at {path}: give the path of {kinds}")
+    if not path.is_file():
+        raise ValueError(f"weights {path}: this is {what_lies_at(path)}; expected {kinds}")
+    if path.suffix == ".safetensors": return read_safetensors(path)
+    state = load_plain(path)
+    for key in ("state_dict", "model", "teacher"):  # released files; this book's own; DINO's
+        if isinstance(state, dict): state = state.get(key, state)
+    named = state.items() if isinstance(state, dict) else ()
+    tensors = {k: v for k, v in named if isinstance(k, str) and torch.is_tensor(v)}
+    if not tensors:
+        raise ValueError(f"weights {path}: the file holds a {type(state).__name__} without named "
+                         "tensors; expected a network's state_dict")
+    return {k.removeprefix("module."): v for k, v in tensors.items()}
+
+def read_safetensors(path):
+    "Name -> tensor of a .safetensors file; ValueError when it is something else."
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try: return load_file(path)
+    except SafetensorError: pass
+    raise ValueError(f"weights {path}: the file is {what_lies_at(path)}; "
+                     "expected a whole .safetensors file")
 
 # %% ../nbs/03_models.ipynb #0062abcd
 KINDS = {"part_token1": "a PASS transformer: backbone vit_small_pass", "patch_embed.conv.0": "a TransReID-SSL transformer with the IBN stem: backbone vit_small_ics",
@@ -224,7 +274,8 @@ def load_pretrained(model,     # ReIDModel
         load_state(model.backbone, read_state(WEIGHTS / "small.safetensors"))
         return "stand-in for ImageNet: trained with labels on synthetic-source (19_standin)"
     url, name = IMAGENET[backbone], Path(IMAGENET[backbone]).name
-    try: state = torch.hub.load_state_dict_from_url(url, progress=True, map_location="cpu", weights_only=True)
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / name
+    try: state = read_state(kept) if kept.exists() else torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except OSError as e:
         raise FileNotFoundError(f"ImageNet weights for {backbone} are not in {torch.hub.get_dir()}/checkpoints and cannot be downloaded ({e}). "
                                 f"Put {name} there (from {url}), pass weights=FILE, or weights='none' to start from nothing.") from None

@@ -315,7 +315,7 @@ def test_read_only_folder(tmp_path, monkeypatch):
     assert len(ds.train) == 6
 
     def refuse(*args, **kwargs): raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(data, "_write_atomic", refuse)
+    monkeypatch.setattr(data, "write_atomic", refuse)
     with pytest.warns(UserWarning, match="cannot be written"): images = data.load_images(ds.train["path"], (8, 4), cache=tmp_path/"cache")
     assert images.shape == (6, 3, 8, 4)
 
@@ -758,3 +758,50 @@ def test_copies_of_another_decoding_are_not_used(tmp_path, monkeypatch):
     now = data.files_key([str(path)])
     monkeypatch.setattr(data, "DECODED", "as it was")
     assert data.files_key([str(path)]) != now
+
+
+def test_temporary_names_are_unpredictable_and_follow_no_link(tmp_path, monkeypatch):
+    (file, first), (other, second) = (data.new_temporary(tmp_path/"a.npy") for _ in range(2))
+    assert first != second and data.TEMPORARY.fullmatch(first.name) and first.parent == tmp_path
+    file.close(), other.close()
+    data.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(data.secrets, "token_hex", lambda n: "0" * 2 * n)  # as if one could know
+    victim, trap = tmp_path/"victim", tmp_path/f".a.npy.{'0' * 16}.tmp"
+    victim.write_text("mine")
+    trap.symlink_to(victim)
+    with pytest.raises(FileExistsError): data.write_atomic(tmp_path/"a.npy", lambda f: f.write(b"x"))
+    data.sweep(tmp_path)
+    assert victim.read_text() == "mine" and trap.is_symlink()  # neither written to nor removed
+
+
+def test_the_sweep_leaves_pipes_and_folders_of_such_names(tmp_path):
+    for number, make in enumerate([os.mkfifo, os.mkdir]): make(tmp_path/f".a.{number:016x}.tmp")
+    data.sweep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def write_slowly(paths, cache, ready):
+    "A child that decodes into the cache, and is never done."
+    import time
+    from reidbook import data
+    def decode(*args): ready.set(); time.sleep(60)
+    data.decode_into = decode
+    data.load_images(paths, (8, 4), cache=cache)
+
+
+def test_a_killed_process_leaves_no_half_image_cache(tmp_path):
+    "What a living process holds stays; what a killed one left, the next start removes."
+    import multiprocessing
+    context = multiprocessing.get_context("spawn")
+    Image.new("RGB", (4, 8)).save(tmp_path/"a.jpg")
+    paths, cache, ready = [tmp_path/"a.jpg"], tmp_path/"cache", context.Event()
+    child = context.Process(target=write_slowly, args=(paths, cache, ready))
+    child.start()
+    assert ready.wait(60)
+    data.load_images(paths, (4, 4), cache=cache)
+    assert sorted(p.suffix for p in cache.iterdir()) == [".npy", ".tmp"]  # it is still writing
+    child.kill(), child.join()
+    assert len(list(cache.iterdir())) == 2
+    data.load_images(paths, (4, 4), cache=cache)
+    assert [p.suffix for p in cache.iterdir()] == [".npy"]

@@ -1,5 +1,7 @@
 "Backbones, heads and batch norm in groups, against real replicas; weights load whole or not at all."
 import copy
+import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -139,3 +141,47 @@ def test_released_names_of_cluster_contrast_and_kinds(tmp_path):
     model, said = create_model("resnet18", str(tmp_path / "model_best.pth.tar"))
     assert said.startswith("whole network") and all(torch.equal(v, net.state_dict()[k]) for k, v in model.state_dict().items())
     assert "instance norm" in kind_of({"layer1.0.bn1.IN.weight": 0}) and "no kind" in kind_of({"a": 0})
+
+
+HARM = {"text": (lambda p: p.write_text("<html>Quota exceeded</html>"), "text, beginning '<html>"),
+        "tensor": (lambda p: torch.save(torch.ones(2), p), "holds a Tensor without named tensors"),
+        "list": (lambda p: torch.save([1, "a"], p), "holds a list without named tensors"),
+        "numbers": (lambda p: torch.save({1: torch.ones(2), "epoch": 3}, p), "without named tensors"),
+        "object": (lambda p: torch.save({"a": torch.ones(2), "b": print}, p), "may run code"),
+        "empty": (lambda p: p.write_bytes(b""), "empty"),
+        "half": (lambda p: halve(p), "cut short or damaged"),
+        "archive": (lambda p: zip_a_word(p), "an archive of another kind"),
+        "picture": (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(60)), "of another kind"),
+        "pipe": (os.mkfifo, "a pipe"), "folder": (os.mkdir, "a folder"),
+        "broken link": (lambda p: p.symlink_to("nowhere"), "a broken link")}
+
+
+def halve(path):
+    torch.save({"state_dict": {"a": torch.ones(1000)}}, path)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zip_a_word(path):
+    with zipfile.ZipFile(path, "w") as z: z.writestr("word", "hello")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("harm", HARM)
+def test_what_is_no_weights_file_is_named(tmp_path, harm, suffix):
+    "In one line: what it is and what was expected, never advice to read it with code; none hangs."
+    make, found = HARM[harm]
+    path = tmp_path / f"w{suffix}"
+    make(path)
+    with pytest.raises(ValueError) as e: read_state(path)
+    said = str(e.value)
+    assert str(path) in said and "expected" in said and "\n" not in said
+    assert "weights_only" not in said
+    if suffix == ".pth" or not path.is_file(): assert found in said
+
+
+def test_imagenet_weights_that_are_a_page_of_text_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "resnet18-f37072fd.pth").write_text("<html>")
+    with pytest.raises(ValueError, match="resnet18-f37072fd.pth is text, beginning '<html>'"):
+        create_model("resnet18")

@@ -57,15 +57,14 @@ def children():
 
 @pytest.fixture(scope="module")
 def undisturbed(root, tmp_path_factory, children):
-    "Records of a run that nobody disturbed, and the seconds of its training."
-    out, ready = tmp_path_factory.mktemp("whole"), children.Event()
-    child = children.Process(target=train, args=(root, out, None, ready))
-    child.start()
-    ready.wait(120)
-    clock = time.perf_counter()
-    child.join()
+    "Records of a run that nobody disturbed, and what its training takes when nothing slows it."
+    out = tmp_path_factory.mktemp("whole")
+    child = children.Process(target=train, args=(root, out))
+    child.start(); child.join()
     assert child.exitcode == 0
-    return on_disk(out), time.perf_counter() - clock
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    seconds = [sum(r.get(name, 0) for name in training.LAPS) for r in rows]
+    return on_disk(out), len(rows) * min(seconds)  # the first child also compiles
 
 
 def test_killed_at_random_moments(root, tmp_path, children, undisturbed):
