@@ -1,9 +1,9 @@
-# make demo | test | lab | site | export | diff | help: each sets up .venv on first use.
+# make demo | test | lab | site | export | diff | gpu | help: each sets up .venv on first use.
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test lab site export diff
+.PHONY: help demo test lab site export diff gpu
 help:  ## list these commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
 
@@ -26,6 +26,9 @@ export: $(VENV)/.installed  ## after editing notebooks: modules, clean notebooks
 	$(BIN)/nbdev_export && rm -f pyproject.toml  # setup.py and settings.ini say it all
 	$(BIN)/nbdev_clean
 	$(BIN)/python -c 'from reidbook.site import make_readme; make_readme()'
+
+gpu: $(VENV)/.installed  ## measure on this machine's GPU what nbs/19_gpu.ipynb shows
+	$(BIN)/python tests/gpu/day.py --out gpu.json
 
 # notebooks as text: prose and code, no outputs, no metadata; make diff SINCE=main..branch
 SINCE ?= HEAD
