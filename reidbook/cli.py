@@ -55,9 +55,11 @@ def settings_text(args) -> str:
 # %% ../nbs/25_cli.ipynb #0016abcd
 def batch(args):
     "The grid datasets x methods x seeds, each run in a process of its own; exit code 1 when any run failed."
-    from reidbook import batch as module
-    if bool(args.file) == bool(args.datasets and args.methods): raise ValueError("a batch is either --file FILE or --datasets A,B --methods X,Y")
-    if args.scheduler and args.cluster: raise ValueError("--scheduler and --cluster: give one of them")
+    from reidbook import batch as module, training
+    if bool(args.file) == bool(args.datasets and args.methods):
+        raise ValueError("a batch is either --file FILE or --datasets A,B --methods X,Y")
+    if args.scheduler and args.cluster:
+        raise ValueError("--scheduler and --cluster: give one of them")
     if args.file: wanted = module.read_grid(args.file)
     else: wanted = module.grid(args.datasets.split(","), args.methods.split(","), args.seeds)
     for w in wanted: w["settings"] |= training.parse_settings(args.param)

@@ -129,8 +129,7 @@ def directives(cell) -> dict:
 
 # %% ../nbs/24_site.ipynb #0023bbcd
 class BookPage:
-    """nbdev's last processor of a notebook: exported code under its documentation, diagrams,
-    texts for pictures."""
+    "nbdev's last processor: exported code under its documentation, diagrams, texts for pictures."
     def __init__(self, nb): self.nb = nb
 
     def begin(self):

@@ -196,8 +196,7 @@ class PairGCN(nn.Module):
                 k=16,    # nodes that the sorted pooling keeps, 10 to 16
                 ):       # E x 2 log probabilities: different, same
         h = F.relu(self.fc1(self.embed(graphs, table, k)))
-        if self.training: h = dropout(h)
-        return F.log_softmax(self.fc2(h), 1)
+        return F.log_softmax(self.fc2(dropout(h) if self.training else h), 1)
 
 # %% ../../nbs/13_methods.mprd.ipynb #0044abcd
 def released_k(graphs) -> int:
