@@ -8,7 +8,6 @@ __all__ = ['AREAS', 'PAPER', 'TINY', 'PRESETS', 'area', 'view_maker', 'Views', '
 
 # %% ../nbs/17_pretraining.ipynb #0003abcd
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 from tqdm.auto import tqdm
 
-from .data import load_images, open_image
+from .data import load_images, open_image, write_atomic
 from .models import pick_device
 from .vit import SIZES, ViT, parse
 
@@ -243,8 +242,7 @@ def save(t):
     t["out"].mkdir(parents=True, exist_ok=True)
     blob = {k: t[k].state_dict() for k in ("student", "teacher", "optimizer")}
     blob |= {k: t[k] for k in ("centers", "epoch", "history")}
-    torch.save(blob, t["out"] / "checkpoint.tmp")
-    os.replace(t["out"] / "checkpoint.tmp", t["out"] / "checkpoint.pt")
+    write_atomic(t["out"] / "checkpoint.pt", lambda file: torch.save(blob, file))
     from safetensors.torch import save_file
     tensors = {k: v.contiguous().cpu() for k, v in t["teacher"].backbone.state_dict().items()}
     save_file(tensors, t["out"] / "backbone.safetensors")

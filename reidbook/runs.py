@@ -40,6 +40,7 @@ import reidbook
 import reidbook.methods
 from . import adaptation, parallel, training  # adaptation: the stage that `source` asks for
 from .data import column, data_root, dataset_digest, load_images, open_dataset
+from .models import read_state
 
 # %% ../nbs/20_runs.ipynb #0007abcd
 def method_names() -> list:
@@ -102,7 +103,9 @@ def describe(dataset,     # name for `open_dataset`
         raise ValueError(f"device {device!r}: expected auto, cpu" + (" or cuda" if torch.cuda.is_available() else "; this machine has no GPU that torch can see"))
     cls = get_method(method)
     full = training.resolve(cls, dataset, **(settings or {}))
-    contents = {k: file_digest(path) for k, path in given_files(full).items()}
+    files = given_files(full)
+    for path in files.values(): read_state(path)  # a file of another kind is refused here
+    contents = {k: file_digest(path) for k, path in files.items()}
     data = open_dataset(dataset, root)
     identity = {"dataset": dataset, "method": method, "seed": seed, "settings": full | contents, "code": code_digest(method, full["correct"]), "data": dataset_digest(data)}
     run_id = hashlib.sha1(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:10]
@@ -440,9 +443,7 @@ def publish(source, target, manifest):
         if c.cell_type == "code": c.execution_count, c.outputs = None, uncounted(c.outputs)
     python = {"display_name": "python3", "language": "python", "name": "python3"}
     nb.metadata = {"kernelspec": python}
-    temporary = target.with_suffix(".tmp")
-    nbformat.write(nb, temporary)
-    os.replace(temporary, target)
+    training.write_whole(target, (nbformat.writes(nb).rstrip("\n") + "\n").encode())
 
 def front_matter(m) -> dict:
     "What the lists of the site show of a run, from its manifest."

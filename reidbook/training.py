@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'LARGEST', 'PRECISIONS', 'SETTINGS', 'SYNTHETIC', 'DATASETS', 'STARTS', 'FIRST_STAGES', 'PARTS', 'LAPS',
-           'LOCKS', 'CHECKPOINTS', 'Setting', 'is_a', 'by_dataset', 'Settings', 'declared', 'defaults', 'plug_name',
-           'layers', 'resolve', 'known_backbone', 'check_together', 'parse_value', 'parse_settings', 'Plan', 'Method',
-           'Plug', 'find_plug', 'first_stage', 'start', 'open_images', 'read_in_turn', 'clock', 'start_clock', 'timed',
-           'time_so_far', 'add_earlier_time', 'make_optimizer', 'fresh_network', 'run_network', 'quicken',
-           'settings_rows', 'seed_epoch', 'features', 'make_labels', 'check_labels', 'batches', 'read', 'ahead',
-           'augmented', 'view', 'train_epoch', 'has_test', 'test', 'score', 'epochs', 'one_epoch', 'describe_labels',
-           'describe_test', 'write_whole', 'hold', 'lock', 'in_use', 'release', 'save_checkpoint', 'read_checkpoint',
-           'load_checkpoint', 'stage', 'note_stage', 'stage_time', 'write_stage', 'plot_history']
+           'LOCKS', 'CHECKPOINTS', 'CONTENT', 'Setting', 'is_a', 'by_dataset', 'Settings', 'declared', 'defaults',
+           'plug_name', 'layers', 'resolve', 'known_backbone', 'check_together', 'parse_value', 'parse_settings',
+           'Plan', 'Method', 'Plug', 'find_plug', 'first_stage', 'start', 'open_images', 'read_in_turn', 'clock',
+           'start_clock', 'timed', 'time_so_far', 'add_earlier_time', 'make_optimizer', 'fresh_network', 'run_network',
+           'quicken', 'settings_rows', 'seed_epoch', 'features', 'make_labels', 'check_labels', 'batches', 'read',
+           'ahead', 'augmented', 'view', 'train_epoch', 'has_test', 'test', 'score', 'epochs', 'one_epoch',
+           'describe_labels', 'describe_test', 'write_whole', 'hold', 'in_use', 'release', 'save_checkpoint',
+           'whole_checkpoint', 'read_checkpoint', 'load_checkpoint', 'stage', 'note_stage', 'stage_time', 'checksum_of',
+           'whole_stage', 'write_stage', 'plot_history']
 
 # %% ../nbs/09_training.ipynb #0003abcd
 import contextlib
@@ -39,11 +40,13 @@ import torch
 import yaml
 
 from . import parallel
-from .data import column, load_images, pk_batches, train_transform
+from reidbook.data import (
+    column, load_images, lock, pk_batches, train_transform, write_atomic,
+)
 from .evaluation import evaluate
 from reidbook.models import (
-    BACKBONES, LATER, create_model, extract_features, Features, load_state,
-    pick_device,
+    BACKBONES, LATER, create_model, extract_features, Features, load_plain, load_state,
+    pick_device, what_lies_at,
 )
 from .noise import label_quality
 from .synthetic import histogram_features, pixel_features
@@ -641,13 +644,11 @@ def describe_test(result):
 # %% ../nbs/09_training.ipynb #0062abcd
 def write_whole(path, content):
     "Write bytes beside, then rename. OSError leaves what was there before, and says so."
-    temporary = Path(path).with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as f: f.write(content); f.flush(); os.fsync(f.fileno())
-        os.replace(temporary, path)
+    try: write_atomic(path, lambda file: file.write(content))
     except OSError as e:
-        with contextlib.suppress(OSError): temporary.unlink()  # makes room again
-        raise OSError(e.errno, f"{path} cannot be written ({e.strerror}); what was there before is untouched. Make room or give write access, then start the run again: it goes on") from e
+        raise OSError(e.errno, f"{path} cannot be written ({e.strerror}); what was there before is "
+                      "untouched. Make room or give write access, then start the run again: "
+                      "it goes on") from e
 
 # %% ../nbs/09_training.ipynb #0065abcd
 LOCKS = {}  # (folder, name) -> open file, for the folders that this process writes to
@@ -671,14 +672,6 @@ def hold(folder,
     LOCKS[folder, name] = file
 
 # %% ../nbs/09_training.ipynb #0066abcd
-def lock(file) -> bool:
-    "Lock an open file if nobody else has; systems without such locks (Windows) do without."
-    try: import fcntl
-    except ImportError: return True
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: return False
-    return True
-
 def in_use(folder, name="state") -> bool:
     "Is some process holding this folder's lock?"
     if (Path(folder).resolve(), name) in LOCKS: return True
@@ -707,18 +700,31 @@ def save_checkpoint(t):
     os.replace(t.out / "next.pt", newest)
     write_whole(t.out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in t.history).encode())
 
+# %% ../nbs/09_training.ipynb #0141bbcd
+CONTENT = {"epoch", "model", "optimizer", "labels", "method", "plug", "history"}
+
+def whole_checkpoint(path, device):
+    "What a checkpoint holds; ValueError or BadZipFile when it is not whole."
+    with zipfile.ZipFile(path) as archive: bad = archive.testzip()
+    if bad: raise zipfile.BadZipFile(f"wrong checksum of {bad}")
+    blob = load_plain(path, device)
+    missing = CONTENT - set(blob) if isinstance(blob, dict) else CONTENT
+    if missing: raise ValueError(f"it holds no {', '.join(sorted(missing))}")
+    return blob
+
 # %% ../nbs/09_training.ipynb #0072abcd
 def read_checkpoint(folder, device="cpu"):
     "The newest checkpoint in `folder` that is whole; None when there is none, ValueError when none of them is."
     damaged = []
     for path in (Path(folder) / name for name in CHECKPOINTS):
-        if not path.exists(): continue
-        try:
-            with zipfile.ZipFile(path) as z: bad = z.testzip()
-            if bad: raise zipfile.BadZipFile(f"wrong checksum of {bad}")
-            blob = torch.load(path, map_location=device, weights_only=True)
-        except (PermissionError, IsADirectoryError): raise
-        except Exception as e: damaged.append(f"{path} is damaged ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})"); continue
+        if not os.path.lexists(path): continue
+        if not path.is_file():
+            raise ValueError(f"{path} is {what_lies_at(path)}: expected a checkpoint; remove it")
+        try: blob = whole_checkpoint(path, device)
+        except PermissionError: raise
+        except (OSError, ValueError, zipfile.BadZipFile) as e:
+            damaged.append(f"{path} is damaged ({e})")
+            continue
         if damaged:
             warnings.warn(f"{damaged[0]}: going on from {path.name}, after epoch {blob['epoch']}")
             os.replace(path, path.with_name(CHECKPOINTS[0]))
@@ -728,8 +734,15 @@ def read_checkpoint(folder, device="cpu"):
 # %% ../nbs/09_training.ipynb #0073abcd
 def load_checkpoint(t, blob):
     "Continue from a checkpoint; ValueError when it does not fit this network."
-    try: t.model.load_state_dict(blob["model"]); t.optimizer.load_state_dict(blob["optimizer"])
-    except RuntimeError as e: raise ValueError(f"the checkpoint in {t.out} is of another network; remove it to start afresh ({str(e).splitlines()[0]})") from None
+    if len(blob["labels"]) != len(t.images):
+        raise ValueError(f"the checkpoint in {t.out} has {len(blob['labels'])} labels, the data set "
+                         f"{len(t.images)} images: it is of other data; remove it to start afresh")
+    try:
+        t.model.load_state_dict(blob["model"])
+        t.optimizer.load_state_dict(blob["optimizer"])
+    except RuntimeError as e:
+        raise ValueError(f"the checkpoint in {t.out} is of another network; remove it to start "
+                         f"afresh ({str(e).splitlines()[0]})") from None
     t.epoch, t.labels, t.history = blob["epoch"], blob["labels"].cpu().numpy(), blob["history"]
     if "time" in blob: add_earlier_time(t, blob["time"])
     t.method.load_state(t, blob["method"])
@@ -747,15 +760,15 @@ def stage(t,      # the training state, in `Method.prepare`
     key = json.dumps({"stage": name, "dataset": t.dataset.name, "seed": t.seed, "needs": needs, **t.identity}, sort_keys=True, default=str)
     folder = t.store / f"{name}-{hashlib.sha1(key.encode()).hexdigest()[:10]}"
     result, first = folder / "result.pt", not parallel.rank()
-    if not parallel.same(result.exists()):
+    if not parallel.same(first and whole_stage(result)):
         if first: hold(folder, patience=None)  # another run may be making it: wait, and find it
-        if not parallel.same(result.exists()):
+        if not parallel.same(first and whole_stage(result)):
             made = make(folder)
             if first: write_stage(result, made)
             mine = True
         parallel.meet()
         release(folder)
-    found = torch.load(result, map_location="cpu", weights_only=True)
+    found = load_plain(result)
     return note_stage(t, name, began, found, folder, mine)
 
 # %% ../nbs/09_training.ipynb #09b2c0de
@@ -779,11 +792,31 @@ def stage_time(folder):
     known = isinstance(kept, dict) and {"wall", "cpu"} <= set(kept)
     return {k: kept[k] for k in ("wall", "cpu")} if known else None
 
+# %% ../nbs/09_training.ipynb #0143bbcd
+def checksum_of(result):
+    "The file with the checksum of a stage's result."
+    return result.with_name(result.name + ".sha256")
+
+def whole_stage(result) -> bool:
+    "Is a stage's result there, as it was written? A warning names one that is not."
+    if not os.path.lexists(result): return False
+    if not result.is_file():
+        raise ValueError(f"{result} is {what_lies_at(result)}: expected a stage's result; remove it")
+    found = hashlib.sha256(result.read_bytes()).hexdigest()
+    try: kept = checksum_of(result).read_bytes().split()
+    except OSError: kept = []
+    if kept[:1] == [found.encode()]: return True
+    warnings.warn(f"{result} is not what was written (its checksum in {checksum_of(result).name} "
+                  f"is {'another' if kept else 'not there'}): it is made again")
+    return False
+
 # %% ../nbs/09_training.ipynb #0081abcd
 def write_stage(result, made):
     "Keep a stage's result; the checkpoints on the way to it have done their work."
     buffer = io.BytesIO()
     torch.save(made, buffer)
+    checksum = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    write_whole(checksum_of(result), f"{checksum}  {result.name}\n".encode())
     write_whole(result, buffer.getbuffer())
     for name in CHECKPOINTS: (result.parent / name).unlink(missing_ok=True)
 

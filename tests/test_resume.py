@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +122,61 @@ def flip_a_byte(path):
 def test_two_damaged_checkpoints_are_named(root, tmp_path):
     for name in training.CHECKPOINTS: (tmp_path / name).write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"checkpoint.pt is damaged.*previous.pt is damaged.*remove"): begin(root, tmp_path)
+
+
+@pytest.mark.parametrize("other, words", [(torch.zeros(3), "it holds no epoch, "), ({"epoch": 3}, "it holds no history, ")])
+def test_a_checkpoint_of_another_kind_falls_back_to_the_one_before(root, tmp_path, other, words):
+    t = begin(root, tmp_path)
+    for r in training.epochs(t):
+        if r["epoch"] == 2: break
+    torch.save(other, tmp_path / "checkpoint.pt")
+    with pytest.warns(UserWarning, match=f"damaged .{words}.*going on from previous.pt, after epoch 1"): t = begin(root, tmp_path)
+    assert t.epoch == 1
+
+
+@pytest.mark.parametrize("make, words", [(os.mkfifo, "a pipe"), (os.mkdir, "a folder")])
+def test_what_is_no_file_is_no_checkpoint(root, tmp_path, make, words):
+    make(tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match=f"checkpoint.pt is {words}.*remove it"): begin(root, tmp_path)
+
+
+def test_a_checkpoint_with_labels_of_other_data_is_refused(root, tmp_path):
+    t = begin(root, tmp_path)
+    next(iter(training.epochs(t)))
+    blob = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save(blob | {"labels": blob["labels"][:-1]}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="labels, the data set .* images: it is of other data"): begin(root, tmp_path)
+
+
+def kept_stage(folder, made, value=1.0):
+    "A stage that is one tensor; `made` counts how often it was made."
+    def make(folder):
+        made.append(folder)
+        return {"x": torch.full((64,), value)}
+    t = SimpleNamespace(store=folder, dataset=SimpleNamespace(name="toy"), seed=1, identity={}, stages=[])
+    return training.stage(t, "toy", {}, make)
+
+
+@pytest.mark.parametrize("harm", [lambda p: flip_a_byte(p), lambda p: os.truncate(p, 10), lambda p: p.write_bytes(b"text"),
+                                  lambda p: training.checksum_of(p).unlink()], ids=["one byte", "short", "text", "no checksum"])
+def test_a_damaged_stage_is_named_and_made_again(tmp_path, harm):
+    made = []
+    for _ in range(2): kept_stage(tmp_path, made)
+    [result] = tmp_path.glob("toy-*/result.pt")
+    assert len(made) == 1
+    harm(result)
+    with pytest.warns(UserWarning, match="result.pt is not what was written"): again = kept_stage(tmp_path, made)
+    assert len(made) == 2 and again["x"].eq(1).all()
+    kept_stage(tmp_path, made)
+    assert len(made) == 2
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    "Nobody can tell beforehand what the temporary file is called."
+    (tmp_path / "precious").write_bytes(b"mine")
+    for name in ("manifest.tmp", "next.tmp"): (tmp_path / name).symlink_to(tmp_path / "precious")
+    for name in ("manifest.json", "next.pt"): training.write_whole(tmp_path / name, b"theirs")
+    assert (tmp_path / "precious").read_bytes() == b"mine"
 
 
 @contextmanager

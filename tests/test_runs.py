@@ -193,6 +193,16 @@ def test_identity_depends_on_settings_code_and_data(root, monkeypatch):
     assert a.run_id != runs.describe("synthetic-tiny", "baseline", root=root).run_id
 
 
+@pytest.mark.parametrize("word", ["weights", "teacher"])
+@pytest.mark.parametrize("content, said", [(b"not a network", "text, beginning"), (b"", "empty"), (b"PK\x03\x04", "cut short")])
+def test_a_file_of_another_kind_is_refused_before_anything_is_written(folder, root, tmp_path, capsys, word, content, said):
+    (tmp_path / "mine.pth").write_bytes(content)
+    method = {"weights": "baseline", "teacher": "purification"}[word]
+    assert main(f"run --method {method} --dataset synthetic-tiny --root {root} -p {word}={tmp_path}/mine.pth".split()) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err and "weights_only" not in err and "\n" not in err and not folder.exists()
+
+
 def test_words_become_values():
     assert parse_settings(["a=1", "b=1e-3", "c=true", "d=none", "e=[1, 2]", "f=x=y"]) == {"a": 1, "b": 1e-3, "c": True, "d": "none", "e": [1, 2], "f": "x=y"}
 
