@@ -13,9 +13,16 @@ def bound_and_used(source):
     for statement in ast.parse("\n".join(lines)).body:
         top = symtable.symtable(ast.unparse(statement), "cell", "exec")
         here = {s.get_name() for s in top.get_symbols() if s.is_referenced()} | set(read_inside(top))
+        bound |= {name.id for target in targets(statement) for name in ast.walk(target) if isinstance(name, ast.Name)}
         used |= here - bound
         bound |= {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
     return bound, used
+
+
+def targets(statement):
+    "What a `with` or a `for` binds before its body runs."
+    if isinstance(statement, ast.With): return [i.optional_vars for i in statement.items if i.optional_vars]
+    return [statement.target] if isinstance(statement, ast.For) else []
 
 
 def read_inside(table):
