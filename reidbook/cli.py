@@ -9,7 +9,6 @@ __all__ = ['PLACE', 'PARAM', 'SHORT', 'RUN', 'BATCH', 'given_settings', 'run', '
 # %% ../nbs/25_cli.ipynb #0003abcd
 import argparse
 import sys
-from pathlib import Path
 
 # %% ../nbs/25_cli.ipynb #0012abcd
 def given_settings(args) -> dict:

@@ -1,4 +1,5 @@
 "Shared by all tests: one thread (two tests run at a time), the reference implementations' vectors, a data root of our own."
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,16 @@ def golden():
 def root(tmp_path_factory):
     "One data root for the session: the synthetic sets are rendered into it once."
     return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def bare(tmp_path):
+    "A checkout without pages: what the site needs besides them."
+    project, root = Path(__file__).parent.parent, tmp_path / "small"
+    (root / "nbs").mkdir(parents=True)
+    for name in ("styles.css", "plain.css", "plain.js", "plain.template", "references.bib", "results.qmd"): shutil.copy2(project / "nbs" / name, root / "nbs")
+    for name in ("settings.ini", "_quarto.yml"): shutil.copy2(project / name, root)
+    return root
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -3,7 +3,6 @@ import copy
 import json
 import os
 import re
-import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,16 +137,12 @@ def write_run(nbs, name, front, *cells):
 
 
 @pytest.fixture
-def small(tmp_path):
+def small(bare):
     "A checkout of two pages."
-    root = tmp_path / "small"
-    (root / "nbs").mkdir(parents=True)
-    for name in ("styles.css", "plain.css", "plain.js", "plain.template", "references.bib", "results.qmd"): shutil.copy2(ROOT / "nbs" / name, root / "nbs")
-    for name in ("settings.ini", "_quarto.yml"): shutil.copy2(ROOT / name, root)
     cells = [nbformat.v4.new_markdown_cell("# index\n\n> A page\n\nWords.")]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), root / "nbs" / "index.ipynb")
-    write_run(root / "nbs", "good", FRONT)
-    return root
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), bare / "nbs" / "index.ipynb")
+    write_run(bare / "nbs", "good", FRONT)
+    return bare
 
 
 def files(folder): return {p.relative_to(folder).as_posix() for p in folder.rglob("*")}

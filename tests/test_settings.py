@@ -3,14 +3,11 @@ import copy
 import json
 import math
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from reidbook import adaptation, runs, training
-from reidbook.cli import main
 from reidbook.methods import glc
 from reidbook.methods.baseline import Baseline
 

@@ -52,19 +52,14 @@ def built(tmp_path_factory):
 
 
 @pytest.fixture
-def small(tmp_path):
+def small(bare):
     "A checkout of three small pages and one run: processed in seconds."
-    root = tmp_path / "small"
-    (root / "nbs").mkdir(parents=True)
-    for name in ("styles.css", "plain.css", "plain.js", "plain.template", "references.bib", "results.qmd"): shutil.copy2(ROOT / "nbs" / name, root / "nbs")
-    shutil.copy2(ROOT / "settings.ini", root)
-    shutil.copy2(ROOT / "_quarto.yml", root)
     for page in ("index", "07_memory"):
         cells = [nbformat.v4.new_markdown_cell(f"# {page}\n\n> A page\n\nWords."), nbformat.v4.new_code_cell("#| hide\nsecret = 1")]
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), root / "nbs" / f"{page}.ipynb")
-    write_run(root / "nbs", "one", **RUN)
-    write_run(root / "nbs", "half", status="running", **RUN)
-    return root
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), bare / "nbs" / f"{page}.ipynb")
+    write_run(bare / "nbs", "one", **RUN)
+    write_run(bare / "nbs", "half", status="running", **RUN)
+    return bare
 
 
 def test_sources_of_this_checkout():

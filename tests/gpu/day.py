@@ -6,7 +6,6 @@ measured again: a machine that is lent for fifteen minutes gives what it can. nb
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -18,7 +17,7 @@ sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 import numpy as np
 import torch
 
-from reidbook import bench, clustering, data, evaluation, neighbors, runs, speed, synthetic
+from reidbook import bench, clustering, evaluation, neighbors, runs, speed
 from reidbook.models import create_model, extract_features
 
 

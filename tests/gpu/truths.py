@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from reidbook import clustering, evaluation, memory, neighbors, runs, training
+from reidbook import clustering, evaluation, neighbors, runs, training
 from reidbook.bench import seeded_features
 from reidbook.data import open_dataset, train_transform
 from reidbook.models import create_model, extract_features
