@@ -473,7 +473,8 @@ def page_address(name: str,  # runs/a/run.ipynb
                  meta=None,  # its front matter, where nbdev calls 06_noise.ipynb's page noise.html
                  ) -> str:
     "Where a page lies in the site."
-    return (Path(name).parent / (meta or {}).get("output-file", Path(name).stem + ".html")).as_posix()
+    file = (meta or {}).get("output-file", Path(name).stem + ".html")
+    return (Path(name).parent / file).as_posix()
 
 def href(address: str) -> str:
     "An address inside the site as an attribute."
