@@ -148,7 +148,7 @@ def _infomap_class():
     """The package's class. faiss is loaded before it:
     loaded after it, `modules()` crashes (seen with 2.16.0 and 1.15.1)."""
     if "infomap" not in sys.modules:  # who loaded it first had better not load faiss
-        try: import faiss
+        try: import faiss  # noqa: F401 (loaded early)
         except ImportError: pass                             # then nothing can load it later
     try: from infomap import Infomap
     except ImportError:

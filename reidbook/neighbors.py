@@ -337,7 +337,7 @@ def _distinct(x):
 def _unfold(sims, idx, first, kind, k):
     """Lists among distinct rows -> lists among all rows: every copy in, ties by lower index,
     k entries."""
-    n, size = len(kind), np.bincount(kind)
+    size = np.bincount(kind)
     members, start = np.argsort(kind, kind="stable"), np.concatenate([[0], np.cumsum(size)[:-1]])
     out_s, out_j = np.empty((len(first), k), np.float32), np.empty((len(first), k), np.int64)
     for a in range(0, len(first), 2048):

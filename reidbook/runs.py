@@ -25,7 +25,6 @@ import pkgutil
 import platform
 import resource
 import sys
-import time
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +37,8 @@ import yaml
 
 import reidbook
 import reidbook.methods
-from . import adaptation, parallel, training  # adaptation: the stage that `source` asks for
+from . import adaptation  # noqa: F401 (it registers the stage that `source` asks for)
+from . import parallel, training
 from .data import column, data_root, dataset_digest, load_images, open_dataset
 from .models import read_state
 

@@ -470,20 +470,21 @@ def cell_markdown(cell, save) -> str:
 
 # %% ../nbs/24_site.ipynb #0070abcd
 def page_address(name: str,  # runs/a/run.ipynb
-                 meta={},    # its front matter, where nbdev calls 06_noise.ipynb's page noise.html
+                 meta=None,  # its front matter, where nbdev calls 06_noise.ipynb's page noise.html
                  ) -> str:
     "Where a page lies in the site."
-    return (Path(name).parent / meta.get("output-file", Path(name).stem + ".html")).as_posix()
+    file = (meta or {}).get("output-file", Path(name).stem + ".html")
+    return (Path(name).parent / file).as_posix()
 
 def href(address: str) -> str:
     "An address inside the site as an attribute."
     return html.escape(quote(address, safe="/#"))
 
-def link_pages(text: str, page="", addresses={}) -> str:  # `addresses`: notebook -> page
+def link_pages(text: str, page="", addresses=None) -> str:  # `addresses`: notebook -> page
     "The HTML of a page with its links to notebooks turned into links to their pages."
     def link(m):
         file, mark, anchor = m[2].partition("#")
-        target = addresses.get(os.path.normpath(Path(page).parent / unquote(file)))
+        target = (addresses or {}).get(os.path.normpath(Path(page).parent / unquote(file)))
         if not target: return m[0]
         return f'{m[1]}{href(os.path.relpath(target, Path(page).parent))}{mark}{anchor}"'
     return re.sub(r'(<a\s[^>]*?href=")([^"]*)"', link, text)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # tests run two at a time
-try: import faiss  # before any test loads infomap, which crashes in `modules()` otherwise (see 05_clustering)
+try: import faiss  # noqa: F401 (before any test loads infomap, which crashes in `modules()` otherwise: see 05_clustering)
 except ImportError: pass
 
 

@@ -2,8 +2,6 @@
 import json
 import os
 import signal
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -52,7 +50,7 @@ def test_a_batch_interrupted_and_started_again_is_complete(folder, root, tmp_pat
 
 
 def test_a_lost_workers_run_goes_on_elsewhere(folder, root):
-    distributed = pytest.importorskip("distributed")
+    pytest.importorskip("distributed")
     planned = batch.plan_batch(batch.grid(["synthetic-tiny"], ["baseline"], settings=SHORT), root, "cpu")
     killed = []
     with batch.workers(cluster="local", jobs=2) as client:

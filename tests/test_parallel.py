@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from reidbook import parallel, runs
-from reidbook.cli import main
 
 SHORT = dict(epochs=2, iterations=5, precision="float32")
 
@@ -77,7 +76,7 @@ def test_bfloat16_inside_float32_outside():
 
 
 def test_a_child_ends_with_its_parent(tmp_path):
-    script = f"""
+    script = """
 import sys, time
 from reidbook.parallel import leashed
 p = leashed([sys.executable, "-c", "from reidbook.parallel import leash; leash(); import time; time.sleep(60)"])
