@@ -17,7 +17,7 @@ import scipy.sparse as sp
 import torch
 from tqdm.auto import tqdm
 from .. import training
-from ..clustering import agglomerative, dbscan, infomap, min_similarity
+from ..clustering import agglomerative, dbscan, infomap
 from ..data import Dataset
 from .baseline import Baseline
 from ..neighbors import as_array, as_ids, as_neighbors, as_number, jaccard_similarity, knn
