@@ -41,9 +41,9 @@ import yaml
 
 from . import parallel
 from .clustering import min_similarity
-from reidbook.data import (
-    column, load_images, lock, pk_batches, train_transform, write_atomic,
-)
+from .data import column, lock, write_atomic
+from .images import load_images, train_transform
+from .sampling import pk_batches
 from .evaluation import evaluate
 from reidbook.models import (
     BACKBONES, LATER, create_model, extract_features, Features, load_plain, load_state,
