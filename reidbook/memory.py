@@ -41,8 +41,10 @@ def camera_proxies(features,  # N x D, unit rows
                    cams,      # N cameras
                    ):  # M x D unit rows, their M clusters, their M cameras; by cluster, then camera
     "The mean of every cluster in every camera it occurs in, L2-normalised (Cho et al. 2022)."
-    features, labels = as_matrix(features), as_ids(labels)
-    kept, cams = labels >= 0, as_ids(cams, "cams", len(labels))
+    features = as_matrix(features)
+    n = len(features)
+    labels, cams = as_ids(labels, "labels", n), as_ids(cams, "cams", n)
+    kept = labels >= 0
     pairs, group = np.unique(np.stack([labels[kept], cams[kept]]), axis=1, return_inverse=True)
     return prototypes(features[kept], group.reshape(-1)), *pairs
 
