@@ -64,7 +64,7 @@ def missing_names(page, text):
     "Names in code quotes and commands of a page that do not exist: chapters, functions, settings, commands and their words."
     out = []
     for name in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", FENCE.sub("", text)):
-        if re.fullmatch(r"\d\d\w?_[\w.]+(?:\.ipynb)?", name) and name.removesuffix(".ipynb") not in BOOKS: out.append(f"{page}: no chapter {name}")
+        if re.fullmatch(r"\d\d_[\w.]+(?:\.ipynb)?", name) and name.removesuffix(".ipynb") not in BOOKS: out.append(f"{page}: no chapter {name}")
         dotted = re.fullmatch(r"(?:reidbook\.)?(" + "|".join(re.escape(m) for m in MODULES if m != "batch") + r")\.([A-Za-z]\w*)(?:\([^)]*\))?", name)
         if dotted and not hasattr(importlib.import_module(f"reidbook.{dotted[1]}"), dotted[2]) and dotted[2] not in ("py", "yaml", "json", "ipynb", "npz"):
             out.append(f"{page}: no {name}")
