@@ -12,7 +12,7 @@ __all__ = ['KINDS', 'LARGEST', 'PRECISIONS', 'SETTINGS', 'SYNTHETIC', 'DATASETS'
            'ahead', 'augmented', 'view', 'train_epoch', 'has_test', 'test', 'score', 'epochs', 'one_epoch',
            'describe_labels', 'describe_test', 'write_whole', 'hold', 'in_use', 'release', 'save_checkpoint',
            'whole_checkpoint', 'read_checkpoint', 'load_checkpoint', 'stage', 'note_stage', 'stage_time', 'checksum_of',
-           'whole_stage', 'write_stage', 'plot_history']
+           'whole_stage', 'write_stage', 'teacher_step', 'plot_history']
 
 # %% ../nbs/09_training.ipynb #0003abcd
 import contextlib
@@ -326,12 +326,18 @@ class Method:
         "Pseudo labels (N int64, -1 for outliers) from `Features` of all training images."
         raise TypeError(f"{type(self).__name__} must define labels(t, feats)")
     def start_epoch(self, t, feats): "Build what the losses need: memories, scores, classifiers."
+    def groups(self, t):
+        "N numbers: what a batch is drawn from, K images of each; -1 is never drawn. The clusters."
+        return t.labels
     def loss(self, t, batch) -> dict:
         "Named loss terms of a batch; their sum is minimised. `batch` has images, index, labels and cams."
         raise TypeError(f"{type(self).__name__} must define loss(t, batch)")
     def after_step(self, t, batch): "Called after the optimiser's step."
     def end_epoch(self, t):
         "Called after the last batch; a dict of numbers returned here goes into the epoch's record."
+    def network(self, t):
+        "The network that is tested: the trained one."
+        return t.model
     def state(self) -> dict:
         "What must survive a restart besides model, optimiser and labels: tensors and plain data."
         return {}
@@ -494,10 +500,12 @@ def seed_epoch(t):
     random.seed(t.generator.initial_seed())
 
 # %% ../nbs/09_training.ipynb #0041abcd
-def features(t, images):
+def features(t, images,
+             model=None,  # None: the one in training
+             ):
     "`Features` of N x 3 x H x W images; of several processes each does its share."
     rows, device = parallel.share(len(images)), t.device
-    mine = extract_features(t.model, images[rows], batch_size=1024 if device.type == "cuda" else 256, device=device)
+    mine = extract_features(model or t.model, images[rows], batch_size=1024 if device.type == "cuda" else 256, device=device)
     return Features(*(parallel.gather(x, rows, len(images), device) for x in (mine.global_, mine.parts)))
 
 # %% ../nbs/09_training.ipynb #0042abcd
@@ -528,9 +536,9 @@ def check_labels(t):
 # %% ../nbs/09_training.ipynb #0045abcd
 def batches(t):
     "This epoch's batches: augmented images on the device, row numbers, labels and cameras."
-    s = t.settings
-    size = min(s.batch_size, int(t.labels.max() + 1) * s.instances)  # fewer clusters than a batch needs: a smaller batch, not a crash
-    rows = pk_batches(t.labels, t.cams, batch_size=size, instances=s.instances, rng=t.rng, prefer_other_cameras=s.prefer_other_cameras)
+    s, groups = t.settings, t.method.groups(t)
+    size = min(s.batch_size, int(groups.max() + 1) * s.instances)  # fewer than a batch needs: a smaller batch, not a crash
+    rows = pk_batches(groups, t.cams, batch_size=size, instances=s.instances, rng=t.rng, prefer_other_cameras=s.prefer_other_cameras)
     for index, images in ahead(t, (index for _, index in zip(range(t.plan.iterations), rows))):
         targets = t.labels[index]
         yield SimpleNamespace(index=index, images=augmented(t, images), targets=targets, labels=torch.from_numpy(targets).to(t.device, non_blocking=True),
@@ -600,7 +608,7 @@ def score(t, query, gallery):
     size = t.settings.height, t.settings.width
     load = lambda table: load_images(table.path, size, cache=t.cache)
     images = parallel.in_turn(lambda: [load(table) for table in (query, gallery)])
-    q, g = (features(t, x) for x in images)
+    q, g = (features(t, x, t.method.network(t)) for x in images)
     if parallel.size() > 1 and parallel.rank(): return None
     ids = [column(table, name) for name in ("pid", "cam") for table in (query, gallery)]
     return evaluate(q.global_, g.global_, *ids), q, g
@@ -828,6 +836,15 @@ def write_stage(result, made):
     write_whole(checksum_of(result), f"{checksum}  {result.name}\n".encode())
     write_whole(result, buffer.getbuffer())
     for name in CHECKPOINTS: (result.parent / name).unlink(missing_ok=True)
+
+# %% ../nbs/09_training.ipynb #15e0001a
+@torch.no_grad()
+def teacher_step(teacher,       # a network; its parameters move, in place
+                 student,       # another one of the same shapes
+                 decay=0.999):  # weight of what the teacher was
+    "A step of the teacher towards the student; buffers stay (Tarvainen and Valpola 2017)."
+    for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+        slow.mul_(decay).add_(fast, alpha=1 - decay)
 
 # %% ../nbs/09_training.ipynb #0086abcd
 def plot_history(history,  # records from `epochs`
