@@ -26,7 +26,7 @@ from .clustering import dbscan
 from .damage import DAMAGES, alone, damage, mean_features, repair_effect
 from .data import column, load_images, open_dataset
 from .methods import baseline, glc, icsr, mprd, pplr, purification
-from .models import Features, create_model, extract_features, load_state
+from .models import create_model, extract_features, load_state
 from .neighbors import jaccard_similarity, knn
 from .noise import noise_kinds
 
