@@ -6,42 +6,45 @@
 __all__ = ['KINDS', 'LARGEST', 'PRECISIONS', 'SETTINGS', 'SYNTHETIC', 'DATASETS', 'STARTS', 'FIRST_STAGES', 'PARTS', 'LAPS',
            'LOCKS', 'CHECKPOINTS', 'CONTENT', 'Setting', 'is_a', 'by_dataset', 'Settings', 'declared', 'defaults',
            'plug_name', 'layers', 'resolve', 'known_backbone', 'check_together', 'parse_value', 'parse_settings',
-           'Plan', 'Method', 'Plug', 'find_plug', 'first_stage', 'start', 'open_images', 'read_in_turn', 'clock',
-           'start_clock', 'timed', 'time_so_far', 'add_earlier_time', 'make_optimizer', 'fresh_network', 'run_network',
-           'quicken', 'settings_rows', 'seed_epoch', 'features', 'make_labels', 'check_labels', 'batches', 'read',
-           'ahead', 'augmented', 'view', 'train_epoch', 'has_test', 'test', 'score', 'epochs', 'one_epoch',
-           'describe_labels', 'describe_test', 'write_whole', 'hold', 'in_use', 'release', 'save_checkpoint',
-           'whole_checkpoint', 'read_checkpoint', 'load_checkpoint', 'stage', 'note_stage', 'stage_time', 'checksum_of',
-           'whole_stage', 'write_stage', 'plot_history']
+           'Plan', 'Method', 'Plug', 'find_plug', 'first_stage', 'Fields', 'no_field', 'State', 'field_rows', 'start',
+           'open_images', 'read_in_turn', 'clock', 'start_clock', 'timed', 'time_so_far', 'add_earlier_time',
+           'make_optimizer', 'fresh_network', 'run_network', 'quicken', 'settings_rows', 'seed_epoch', 'features',
+           'make_labels', 'check_labels', 'Batch', 'batches', 'read', 'ahead', 'augmented', 'view', 'train_epoch',
+           'has_test', 'test', 'score', 'epochs', 'one_epoch', 'describe_labels', 'describe_test', 'write_whole',
+           'hold', 'in_use', 'release', 'save_checkpoint', 'whole_checkpoint', 'read_checkpoint', 'load_checkpoint',
+           'stage', 'note_stage', 'stage_time', 'checksum_of', 'whole_stage', 'write_stage', 'plot_history']
 
 # %% ../nbs/09_training.ipynb #0003abcd
 import contextlib
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import os
 import platform
 import random
+import re
 import sys
 import time
 import warnings
 import zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, TYPE_CHECKING
 
 import numpy as np
 import torch
 import yaml
+from torch import nn
 
 from . import parallel
 from reidbook.data import (
-    column, load_images, lock, pk_batches, train_transform, write_atomic,
+    column, Dataset, load_images, lock, pk_batches, train_transform, write_atomic,
 )
 from .evaluation import evaluate
 from reidbook.models import (
@@ -304,42 +307,45 @@ class Method:
     def check(s): "ValueError when settings do not go together; called before a run starts."
 
     def __init__(self): "Methods start empty; what they know, `prepare` and `start_epoch` give them."
-    def prepare(self, t): "Called once, before there is a network: the place for stages."
-    def plan(self, t) -> Plan:
+    def prepare(self, t: "State"): "Called once, before there is a network: the place for stages."
+    def plan(self, t: "State") -> Plan:
         "Called first in every epoch."
         s = t.settings
-        return Plan(s.iterations, s.lr * 0.1 ** (t.epoch // s.lr_step), freeze=s.start != "model" and 0 < t.epoch < 3)
-    def model(self, t):
+        lr = s.lr * 0.1 ** (t.epoch // s.lr_step)
+        return Plan(s.iterations, lr, freeze=s.start != "model" and 0 < t.epoch < 3)
+    def model(self, t: "State"):
         "The network, and a line that says where its weights come from."
         s = t.settings
-        return create_model(s.backbone, s.weights, pooling=s.pooling, bn_group_size=s.bn_group_size, seed=t.seed)
-    def labels(self, t, feats):
+        return create_model(s.backbone, s.weights, pooling=s.pooling,
+                            bn_group_size=s.bn_group_size, seed=t.seed)
+    def labels(self, t: "State", feats: Features):
         "Pseudo labels (N int64, -1 for outliers) from `Features` of all training images."
         raise TypeError(f"{type(self).__name__} must define labels(t, feats)")
-    def start_epoch(self, t, feats): "Build what the losses need: memories, scores, classifiers."
-    def loss(self, t, batch) -> dict:
-        "Named loss terms of a batch; their sum is minimised. `batch` has images, index, labels and cams."
+    def start_epoch(self, t: "State", feats: Features):
+        "Build what the losses need: memories, scores, classifiers."
+    def loss(self, t: "State", batch: "Batch") -> dict:
+        "Named loss terms of a batch, whose sum is minimised."
         raise TypeError(f"{type(self).__name__} must define loss(t, batch)")
-    def after_step(self, t, batch): "Called after the optimiser's step."
-    def end_epoch(self, t):
+    def after_step(self, t: "State", batch: "Batch"): "Called after the optimiser's step."
+    def end_epoch(self, t: "State"):
         "Called after the last batch; a dict of numbers returned here goes into the epoch's record."
     def state(self) -> dict:
         "What must survive a restart besides model, optimiser and labels: tensors and plain data."
         return {}
-    def load_state(self, t, state): "The inverse of `state`."
+    def load_state(self, t: "State", state: dict): "The inverse of `state`."
 
 # %% ../nbs/09_training.ipynb #0020abcd
 class Plug:
     "What a plug may do: change the plan of an epoch, and its labels. This one does nothing."
     settings = {}  # name -> Setting of its own, or another value for one of the loop's
     datasets = {}  # data set name -> changes for it
-    def plan(self, t, plan): return plan
-    def labels(self, t, feats, labels):
+    def plan(self, t: "State", plan: Plan) -> Plan: return plan
+    def labels(self, t: "State", feats: Features, labels):
         "Corrected labels, from `Features` and the method's labels."
         return labels
-    def record(self, t): return {}  # what it adds to the epoch's record
-    def state(self): return {}
-    def load_state(self, t, state): "The inverse of `state`."
+    def record(self, t: "State") -> dict: return {}  # what it adds to the epoch's record
+    def state(self) -> dict: return {}
+    def load_state(self, t: "State", state: dict): "The inverse of `state`."
 
 # %% ../nbs/09_training.ipynb #0021abcd
 def find_plug(name):
@@ -359,6 +365,64 @@ def first_stage(t) -> dict:
                          "import reidbook.adaptation first")
     return FIRST_STAGES["source"](t)
 
+# %% ../nbs/09_training.ipynb #f1e1d001
+class Fields:
+    "For dataclasses: to set or read what is no field fails, and names the closest one."
+    if not TYPE_CHECKING:  # a type checker knows the fields without it
+        def __setattr__(self, name, value):
+            if name not in self.__dataclass_fields__: raise AttributeError(no_field(self, name))
+            super().__setattr__(name, value)
+
+        def __getattr__(self, name): raise AttributeError(no_field(self, name))
+
+def no_field(owner, name) -> str:
+    "Why there is nothing of this name."
+    kind, names = type(owner).__name__, list(owner.__dataclass_fields__)
+    if name in names: return f"{kind}.{name} is not set yet"
+    close = get_close_matches(name, names, 1)
+    hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(names)};"
+    return f"{kind} has no field {name}: {hint} what only a method needs goes on the method itself"
+
+# %% ../nbs/09_training.ipynb #f1e1d005
+@dataclass(eq=False, repr=False, kw_only=True)
+class State(Fields):
+    "What the hooks of a run share. `start` makes it, `epochs` trains it."
+    dataset: Dataset    # start: the data set of the run
+    method: Method      # start: what fills the hooks; its own things lie on it
+    plug: Plug          # start: what corrects labels, or the plug that does nothing
+    settings: Settings  # start: frozen; `prepare` may put others in their place
+    seed: int           # start: of every random draw, together with the epoch
+    device: torch.device  # start: where network and batches are
+    out: Path | None    # start: folder of checkpoints and records; None: nothing is kept
+    cache: str | Path | None  # start: folder of decoded images; None: they are in memory
+    store: Path | None  # start: folder where stages keep their results; None: nothing is kept
+    identity: dict      # start: names code and data in a stage's hash
+    images: np.ndarray = field(init=False)  # start: N x 3 x height x width, uint8
+    cams: np.ndarray | None = None  # start: N cameras, int64, from 0; None: unknown
+    pids: np.ndarray | None = None  # start: N true identities, int64; None: unknown
+    source: dict | None = None      # start: weights from the stage before the run; None: no stage
+    model: nn.Module = field(init=False)  # fresh_network: the network, on the device
+    weights: str = field(init=False)      # fresh_network: where its weights come from, in words
+    optimizer: torch.optim.Optimizer = field(init=False)  # fresh_network: of what is trained
+    epoch: int = 0                    # one_epoch: how many are done; the number of this one from 0
+    plan: Plan = field(init=False)    # one_epoch: what this epoch does
+    labels: np.ndarray | None = None  # make_labels: N pseudo labels, int64; -1: outlier
+    history: list[dict] = field(default_factory=list)  # epochs: one flat record each
+    rng: np.random.Generator = field(init=False)       # seed_epoch: for sampling
+    generator: torch.Generator = field(init=False)     # seed_epoch: for augmentation, on the CPU
+    began: np.ndarray = field(init=False)      # start_clock: wall and CPU seconds at the start
+    earlier: np.ndarray = field(init=False)    # add_earlier_time: the same two, of earlier starts
+    starts: int = field(init=False)            # add_earlier_time: how often the run was started
+    time: dict[str, np.ndarray] = field(init=False)  # timed: the same two, of each of `PARTS`
+    stages: list[dict] = field(init=False)     # note_stage: name and seconds of each
+
+# %% ../nbs/09_training.ipynb #f1e1d00a
+def field_rows(kind) -> list:  # of `State` or `Batch`, from the module
+    "One dict per field: name, type, set by, what it is."
+    line = re.compile(r"^    (\w+): (.+?)(?: = .*?)? +# (\w+): (.+)$", re.M)
+    keys = ("field", "type", "set by", "what it is")
+    return [dict(zip(keys, found)) for found in line.findall(inspect.getsource(kind))]
+
 # %% ../nbs/09_training.ipynb #0023abcd
 def start(dataset,        # a data.Dataset
           method,         # a Method class
@@ -370,12 +434,13 @@ def start(dataset,        # a data.Dataset
           images=None,    # N x 3 x height x width uint8, when they are decoded already
           store=None,     # folder where stages keep their results; None: nothing is kept
           identity=None,  # plain data that names code and data; part of a stage's hash
-          ):              # the training state, ready for `epochs`
-    "Open images, build the network and its optimiser; continue from `out`'s checkpoint when there is one."
+          ) -> State:     # the training state, ready for `epochs`
+    """Open images, build the network and its optimiser;
+    continue from `out`'s checkpoint when there is one."""
     s = resolve(method, dataset.name) if settings is None else Settings(settings)
-    t = SimpleNamespace(dataset=dataset, settings=s, seed=seed, out=Path(out) if out else None, cache=cache, epoch=0, labels=None,
-                        history=[], device=pick_device(device), method=method(), plug=find_plug(s.correct)(),
-                        store=Path(store) if store else None, identity=identity or {})
+    t = State(dataset=dataset, method=method(), plug=find_plug(s.correct)(), settings=s, seed=seed,
+              device=pick_device(device), out=Path(out) if out else None, cache=cache,
+              store=Path(store) if store else None, identity=identity or {})
     start_clock(t)
     if t.out and not parallel.rank(): hold(t.out)
     t.cams, t.pids = column(dataset.train, "cam"), column(dataset.train, "pid")
@@ -516,16 +581,31 @@ def check_labels(t):
             raise ValueError(f"the first labels have pairwise precision {precision:.2f} (below 0.2): nothing is learnt from such clusters. "
                              f"The start was: {t.weights}. Use pre-trained weights, start=histogram, or a smaller eps.")
 
+# %% ../nbs/09_training.ipynb #f1e1d008
+@dataclass(eq=False, repr=False)
+class Batch(Fields):
+    "What the losses see of B training images."
+    index: np.ndarray     # batches: B rows of the training images
+    images: torch.Tensor  # batches: B x 3 x height x width, float32, augmented, on the device
+    targets: np.ndarray   # batches: B pseudo labels, int64, for a memory that looks at them
+    labels: torch.Tensor  # batches: the same, on the device
+    cams: np.ndarray | None  # batches: B cameras, int64; None: unknown
+    feats: torch.Tensor | tuple | None = None  # loss: what the network gave, for `after_step`
+
 # %% ../nbs/09_training.ipynb #0045abcd
-def batches(t):
-    "This epoch's batches: augmented images on the device, row numbers, labels and cameras."
+def batches(t: State):
+    "This epoch's batches."
     s = t.settings
-    size = min(s.batch_size, int(t.labels.max() + 1) * s.instances)  # fewer clusters than a batch needs: a smaller batch, not a crash
-    rows = pk_batches(t.labels, t.cams, batch_size=size, instances=s.instances, rng=t.rng, prefer_other_cameras=s.prefer_other_cameras)
-    for index, images in ahead(t, (index for _, index in zip(range(t.plan.iterations), rows))):
+    # fewer clusters than a batch needs: a smaller batch, not a crash
+    size = min(s.batch_size, int(t.labels.max() + 1) * s.instances)
+    rows = pk_batches(t.labels, t.cams, batch_size=size, instances=s.instances, rng=t.rng,
+                      prefer_other_cameras=s.prefer_other_cameras)
+    rows = (index for _, index in zip(range(t.plan.iterations), rows))
+    for index, images in ahead(t, rows):
         targets = t.labels[index]
-        yield SimpleNamespace(index=index, images=augmented(t, images), targets=targets, labels=torch.from_numpy(targets).to(t.device, non_blocking=True),
-                              cams=None if t.cams is None else t.cams[index])
+        labels = torch.from_numpy(targets).to(t.device, non_blocking=True)
+        cams = None if t.cams is None else t.cams[index]
+        yield Batch(index, augmented(t, images), targets, labels, cams)
 
 # %% ../nbs/09_training.ipynb #0047abcd
 def read(t, index):
