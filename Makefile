@@ -1,9 +1,9 @@
-# make demo | test | lab | site | export | diff | gpu | help: each sets up .venv on first use.
+# make demo | test | check | lab | site | export | diff | gpu | help: each sets up .venv on first use.
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test lab site export diff gpu
+.PHONY: help demo test check lab site export diff gpu
 help:  ## list these commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
 
@@ -15,6 +15,9 @@ demo: $(VENV)/.installed  ## make the synthetic set, train the baseline through 
 
 test: $(VENV)/.installed  ## everything CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=20 tests  # two at a time, one thread each: two cores are enough
+
+check: $(VENV)/.installed  ## under three minutes: lint, exports, style, words, and the tests of what changed since main
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $$($(BIN)/python tests/changed.py)
 
 lab: $(VENV)/.installed  ## open JupyterLab at the tour
 	$(BIN)/jupyter lab nbs/00_tour.ipynb

@@ -15,9 +15,12 @@ def given_settings(args) -> dict:
     "All settings in a command: those of `-p`, and the ones with a word of their own."
     from reidbook.training import parse_settings
     settings = parse_settings(args.param)
-    own = {k: getattr(args, k) for k in ("weights", "source", "teacher") if getattr(args, k)} | ({"epochs": 0} if args.eval_only else {})
+    own = {k: getattr(args, k) for k in ("weights", "source", "teacher") if getattr(args, k)}
+    if args.eval_only: own["epochs"] = 0
     twice = sorted(set(own) & set(settings))
-    if twice: raise ValueError(f"setting {', '.join(twice)} is given twice: by -p and by a word of its own")
+    if twice:
+        raise ValueError(f"setting {', '.join(twice)} is given twice: "
+                         "by -p and by a word of its own")
     return settings | own
 
 # %% ../nbs/25_cli.ipynb #0041abcd
@@ -53,7 +56,8 @@ def settings_text(args) -> str:
 
 # %% ../nbs/25_cli.ipynb #0016abcd
 def batch(args):
-    "The grid datasets x methods x seeds, each run in a process of its own; exit code 1 when any run failed."
+    """The grid datasets x methods x seeds, each run in a process of its own; exit code 1 when any
+    run failed."""
     from reidbook import batch as module, training
     if bool(args.file) == bool(args.datasets and args.methods):
         raise ValueError("a batch is either --file FILE or --datasets A,B --methods X,Y")
@@ -62,7 +66,8 @@ def batch(args):
     if args.file: wanted = module.read_grid(args.file)
     else: wanted = module.grid(args.datasets.split(","), args.methods.split(","), args.seeds)
     for w in wanted: w["settings"] |= training.parse_settings(args.param)
-    module.run_batch(wanted, args.root, args.device, args.jobs, args.processes, args.scheduler, args.cluster)
+    module.run_batch(wanted, args.root, args.device, args.jobs, args.processes,
+                     args.scheduler, args.cluster)
 
 # %% ../nbs/25_cli.ipynb #0017abcd
 def ls(args):
@@ -218,8 +223,10 @@ def main(words=None):
     except (RuntimeError, OSError) as e: code, said = 1, str(e)
     except KeyboardInterrupt: code, said = 130, "interrupted"
     else: return 0
-    print(f"reidbook {args.command}: " + "; ".join(line.strip() for line in said.splitlines()), file=sys.stderr)
+    lines = (line.strip() for line in said.splitlines())
+    print(f"reidbook {args.command}: " + "; ".join(lines), file=sys.stderr)
     return code
 
 # %% ../nbs/25_cli.ipynb #0025abcd
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # python -m reidbook.cli, and not this page
+# python -m reidbook.cli, and not this page
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'POOLING', 'WEIGHTS', 'TORCHVISION', 'IBN_NET', 'IMAGENET', 'SCALARS', 'KINDS', 'STAGES', 'LATER', 'IBN',
-           'GeM', 'Average', 'GroupedBatchNorm1d', 'GroupedBatchNorm2d', 'Features', 'stripes', 'ReIDModel',
+           'GeM', 'Average', 'GroupedBatchNorm1d', 'GroupedBatchNorm2d', 'Features', 'stripes', 'one_of', 'ReIDModel',
            'what_lies_at', 'load_plain', 'read_state', 'read_safetensors', 'kind_of', 'load_state', 'our_names',
-           'load_pretrained', 'create_model', 'pick_device', 'extract_features']
+           'load_pretrained', 'imagenet_state', 'create_model', 'pick_device', 'extract_features']
 
 # %% ../nbs/03_models.ipynb #0003abcd
 import argparse
@@ -36,25 +36,31 @@ def _resnet(name, norm_layer):
     first = net.layer4[0]
     (first.conv2 if hasattr(first, "conv3") else first.conv1).stride = (1, 1)
     first.downsample[0].stride = (1, 1)
-    layers = [(k, m) for k, m in net.named_children() if k not in ("avgpool", "fc")]  # torchvision's names, so its weights fit
+    # torchvision's names, so its weights fit
+    layers = [(k, m) for k, m in net.named_children() if k not in ("avgpool", "fc")]
     return nn.Sequential(OrderedDict(layers)), net.fc.in_features
 
 # %% ../nbs/03_models.ipynb #0012abcd
 def _small(norm_layer):
-    "One basic block per stage, widths 16 to 128, stride 8 in all: a 64 x 32 image becomes an 8 x 4 map."
+    """One basic block per stage, widths 16 to 128, stride 8 in all: a 64 x 32 image becomes an
+    8 x 4 map."""
     def block(cin, cout, stride):
-        down = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), norm_layer(cout)) if (cin, stride) != (cout, 1) else None
+        if (cin, stride) == (cout, 1): down = None
+        else: down = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), norm_layer(cout))
         return BasicBlock(cin, cout, stride, down, norm_layer=norm_layer)
     stem = [nn.Conv2d(3, 16, 3, 2, 1, bias=False), norm_layer(16), nn.ReLU(inplace=True)]
-    net = nn.Sequential(*stem, block(16, 16, 1), block(16, 32, 2), block(32, 64, 2), block(64, 128, 1))
-    return net, 128
+    stages = [block(16, 16, 1), block(16, 32, 2), block(32, 64, 2), block(64, 128, 1)]
+    return nn.Sequential(*stem, *stages), 128
 
 # %% ../nbs/03_models.ipynb #0014abcd
 class IBN(nn.Module):
-    "Instance norm on the first half of the channels, batch norm on the rest (Pan et al. 2018, block a): B x C x H x W to the same."
+    """Instance norm on the first half of the channels, batch norm on the rest (Pan et al. 2018,
+    block a): B x C x H x W to the same."""
     def __init__(self, channels, norm_layer=nn.BatchNorm2d):
         super().__init__()
-        self.IN, self.BN = nn.InstanceNorm2d(channels // 2, affine=True), norm_layer(channels - channels // 2)  # the names of the released weights
+        half = channels // 2
+        self.IN = nn.InstanceNorm2d(half, affine=True)  # the names of the released weights
+        self.BN = norm_layer(channels - half)
     def forward(self, x):
         a, b = x.split([self.IN.num_features, self.BN.num_features], 1)
         return torch.cat([self.IN(a), self.BN(b)], 1)
@@ -63,16 +69,19 @@ class IBN(nn.Module):
 def _resnet_ibn(name, norm_layer):
     "A torchvision ResNet, last stride 1, with `IBN` as first norm of the blocks of stages 1 to 3."
     net, dim = _resnet(name, norm_layer)
-    for block in (*net.layer1, *net.layer2, *net.layer3): block.bn1 = IBN(block.bn1.num_features, norm_layer)
+    for block in (*net.layer1, *net.layer2, *net.layer3):
+        block.bn1 = IBN(block.bn1.num_features, norm_layer)
     return net, dim
 
 # %% ../nbs/03_models.ipynb #0023abcd
-BACKBONES = ({"small": _small} | {n: partial(_resnet, n) for n in ("resnet18", "resnet34", "resnet50", "resnet101")}
-             | {f"{n}_ibn": partial(_resnet_ibn, n) for n in ("resnet50", "resnet101")})
+_plain = {n: partial(_resnet, n) for n in ("resnet18", "resnet34", "resnet50", "resnet101")}
+_ibn = {f"{n}_ibn": partial(_resnet_ibn, n) for n in ("resnet50", "resnet101")}
+BACKBONES = {"small": _small} | _plain | _ibn
 
 # %% ../nbs/03_models.ipynb #0030abcd
 class GeM(nn.Module):
-    "Generalised-mean pooling with a learnt exponent (Radenovic et al. 2018): B x C x H x W to B x C."
+    """Generalised-mean pooling with a learnt exponent (Radenovic et al. 2018): B x C x H x W to
+    B x C."""
     def __init__(self,
                  p=3.0,     # start of the exponent
                  eps=1e-6,  # floor under the activations
@@ -90,66 +99,88 @@ POOLING = {"gem": GeM, "avg": Average}
 
 # %% ../nbs/03_models.ipynb #0039abcd
 class _Grouped:
-    "Mix-in for batch norm: in training, every `group_size` consecutive images are normalised on their own."
+    """Mix-in for batch norm: in training, every `group_size` consecutive images are normalised on
+    their own."""
     def __init__(self, num_features, *args, group_size=None, **kwargs):
         super().__init__(num_features, *args, **kwargs)
         self.group_size = group_size
     def forward(self, x):
-        if not self.training or not self.group_size or len(x) <= self.group_size: return super().forward(x)
-        first, *rest = x.chunk(math.ceil(len(x) / self.group_size))  # the split of DataParallel's scatter
-        rest = [F.batch_norm(g, None, None, self.weight, self.bias, True, 0.0, self.eps) for g in rest]
+        size = self.group_size
+        if not self.training or not size or len(x) <= size: return super().forward(x)
+        first, *rest = x.chunk(math.ceil(len(x) / size))  # the split of DataParallel's scatter
+        rest = [F.batch_norm(g, None, None, self.weight, self.bias, True, 0.0, self.eps)
+                for g in rest]
         return torch.cat([super().forward(first)] + rest)
 
 class GroupedBatchNorm1d(_Grouped, nn.BatchNorm1d):
-    "Batch norm over B x C in groups of `group_size` images; running statistics from the first group."
+    """Batch norm over B x C in groups of `group_size` images; running statistics from the first
+    group."""
 class GroupedBatchNorm2d(_Grouped, nn.BatchNorm2d):
-    "Batch norm over B x C x H x W in groups of `group_size` images; running statistics from the first group."
+    """Batch norm over B x C x H x W in groups of `group_size` images; running statistics from the
+    first group."""
 
 # %% ../nbs/03_models.ipynb #0046abcd
 class Features(NamedTuple):
     "What a model says about a table of images: rows are images, L2-normalised, float32."
     global_: np.ndarray                # N x D
     parts: np.ndarray | None = None    # N x P x D, top stripe first
-    index: np.ndarray | None = None    # N row numbers in the sample table; None means all rows in order
+    # N row numbers in the sample table; None means all rows in order
+    index: np.ndarray | None = None
 
 # %% ../nbs/03_models.ipynb #0047abcd
 def stripes(height,  # rows of the feature map
             parts,   # number of stripes
             ):       # list of slices
-    "Rows of each horizontal stripe: adaptive bins, which overlap by a row when `height` is not divisible."
+    """Rows of each horizontal stripe: adaptive bins, which overlap by a row when `height` is not
+    divisible."""
     return [slice(i * height // parts, math.ceil((i + 1) * height / parts)) for i in range(parts)]
 
 # %% ../nbs/03_models.ipynb #0051abcd
+def one_of(what, name, known):
+    "`known[name]`; ValueError that lists the known names."
+    if name in known: return known[name]
+    raise ValueError(f"{what} {name!r}: expected one of {', '.join(known)}")
+
 class ReIDModel(nn.Module):
-    "Backbone, pooling and BN neck; optionally part heads. Calling it gives (global B x D, parts B x P x D or None), not normalised."
+    """Backbone, pooling and BN neck; optionally part heads. Calling it gives (global B x D,
+    parts B x P x D or None), not normalised."""
     def __init__(self,
-                 backbone,            # name in BACKBONES
-                 pooling="gem",       # name in POOLING
-                 parts=0,             # number of horizontal part heads, each with its own pooling and neck
-                 bn_group_size=None,  # images normalised together in training; None: the whole batch
+                 backbone,       # name in BACKBONES
+                 pooling="gem",  # name in POOLING
+                 # number of horizontal part heads, each with its own pooling and neck
+                 parts=0,
+                 # images normalised together in training; None: the whole batch
+                 bn_group_size=None,
                  ):
         super().__init__()
-        if backbone not in BACKBONES: raise ValueError(f"backbone {backbone!r}: expected one of {', '.join(BACKBONES)}")
-        if pooling not in POOLING: raise ValueError(f"pooling {pooling!r}: expected one of {', '.join(POOLING)}")
-        self.backbone, self.dim = BACKBONES[backbone](partial(GroupedBatchNorm2d, group_size=bn_group_size))
-        self.pools = nn.ModuleList(POOLING[pooling]() for _ in range(1 + parts))
-        self.necks = nn.ModuleList(GroupedBatchNorm1d(self.dim, group_size=bn_group_size) for _ in range(1 + parts))
+        make, pool = one_of("backbone", backbone, BACKBONES), one_of("pooling", pooling, POOLING)
+        self.backbone, self.dim = make(partial(GroupedBatchNorm2d, group_size=bn_group_size))
+        heads = range(1 + parts)
+        self.pools = nn.ModuleList(pool() for _ in heads)
+        self.necks = nn.ModuleList(GroupedBatchNorm1d(self.dim, group_size=bn_group_size)
+                                   for _ in heads)
         for neck in self.necks: neck.bias.requires_grad_(False)
 
     def forward(self, images):  # B x 3 x H x W, normalised as test_transform does
         "Global and part features of a batch of images."
         fmap = self.backbone(images)
-        regions = [fmap] + [fmap[:, :, rows] for rows in stripes(fmap.shape[2], len(self.pools) - 1)]
+        rows = stripes(fmap.shape[2], len(self.pools) - 1)
+        regions = [fmap] + [fmap[:, :, r] for r in rows]
         first, *rest = [neck(pool(r)) for neck, pool, r in zip(self.necks, self.pools, regions)]
         return first, torch.stack(rest, 1) if rest else None
 
 # %% ../nbs/03_models.ipynb #0056abcd
-WEIGHTS = Path(__file__).parent / "weights" if "__file__" in globals() else Path("../reidbook/weights")
-TORCHVISION = "https://download.pytorch.org/models/"                       # IMAGENET1K_V1, as in the papers
-IBN_NET = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0/"  # by the authors of IBN-a
-IMAGENET = {"resnet18": TORCHVISION + "resnet18-f37072fd.pth", "resnet34": TORCHVISION + "resnet34-b627a593.pth",
-            "resnet50": TORCHVISION + "resnet50-0676ba61.pth", "resnet101": TORCHVISION + "resnet101-63fe2227.pth",
-            "resnet50_ibn": IBN_NET + "resnet50_ibn_a-d9d0bb7b.pth", "resnet101_ibn": IBN_NET + "resnet101_ibn_a-59ea0ac6.pth"}
+WEIGHTS = Path("../reidbook/weights")  # for this page; the module has a path of its own
+if "__file__" in globals(): WEIGHTS = Path(__file__).parent / "weights"
+# IMAGENET1K_V1, as in the papers; IBN-a by its authors
+TORCHVISION = "https://download.pytorch.org/models/"
+IBN_NET = "https://github.com/XingangPan/IBN-Net/releases/download/v1.0/"
+IMAGENET = {"resnet18": TORCHVISION + "resnet18-f37072fd.pth",
+            "resnet34": TORCHVISION + "resnet34-b627a593.pth",
+            "resnet50": TORCHVISION + "resnet50-0676ba61.pth",
+            "resnet101": TORCHVISION + "resnet101-63fe2227.pth",
+            "resnet50_ibn": IBN_NET + "resnet50_ibn_a-d9d0bb7b.pth",
+            "resnet101_ibn": IBN_NET + "resnet101_ibn_a-59ea0ac6.pth"}
 
 # %% ../nbs/03_models.ipynb #0057abcd
 SCALARS = [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
@@ -216,19 +247,28 @@ def read_safetensors(path):
                      "expected a whole .safetensors file")
 
 # %% ../nbs/03_models.ipynb #0062abcd
-KINDS = {"part_token1": "a PASS transformer: backbone vit_small_pass", "patch_embed.conv.0": "a TransReID-SSL transformer with the IBN stem: backbone vit_small_ics",
-         "pos_embed": "a transformer with a class token only, as TransReID-SSL's: backbone vit_small", "bnneck": "a network of PPLR: backbone resnet50, three parts",
-         "bn1.IN.": "a ResNet with instance norm: backbone resnet50_ibn", "layer1.0.conv3": "a ResNet of 50 layers or more", "layer1.0.conv2": "a ResNet of 18 or 34 layers"}
+KINDS = {"part_token1": "a PASS transformer: backbone vit_small_pass",
+         "patch_embed.conv.0": "a TransReID-SSL transformer with the IBN stem: "
+                               "backbone vit_small_ics",
+         "pos_embed": "a transformer with a class token only, as TransReID-SSL's: "
+                      "backbone vit_small",
+         "bnneck": "a network of PPLR: backbone resnet50, three parts",
+         "bn1.IN.": "a ResNet with instance norm: backbone resnet50_ibn",
+         "layer1.0.conv3": "a ResNet of 50 layers or more",
+         "layer1.0.conv2": "a ResNet of 18 or 34 layers"}
 
 def kind_of(state):  # dict name -> tensor
     "What a state dict looks like, in words."
-    return next((kind for mark, kind in KINDS.items() if any(mark in name for name in state)), "no kind of network this book knows")
+    for mark, kind in KINDS.items():
+        if any(mark in name for name in state): return kind
+    return "no kind of network this book knows"
 
 # %% ../nbs/03_models.ipynb #0064abcd
 def load_state(module,       # nn.Module to fill
                state,        # dict name -> tensor
                source="the file",  # named in the error
-               ignore=("fc.",),    # prefixes that may be left over: a classifier is not part of a backbone
+               # prefixes that may be left over: a classifier is not part of a backbone
+               ignore=("fc.",),
                holds=None,         # what the file is, for the error; None: judged by its names
                ):
     "Copy `state` into `module` strictly; ValueError names every tensor that does not fit."
@@ -236,31 +276,41 @@ def load_state(module,       # nn.Module to fill
     state = {k: v for k, v in state.items() if not k.startswith(tuple(ignore))}
     missing = [k for k in have if k not in state and not k.endswith("num_batches_tracked")]
     extra = [k for k in state if k not in have]
-    shape = [f"{k} {tuple(state[k].shape)} instead of {tuple(have[k].shape)}" for k in have if k in state and state[k].shape != have[k].shape]
-    if missing or extra or shape:
+    shape = [f"{k} {tuple(state[k].shape)} instead of {tuple(have[k].shape)}"
+             for k in have if k in state and state[k].shape != have[k].shape]
+    wrong = {"missing": missing, "unexpected": extra, "of another shape": shape}
+    if any(wrong.values()):
         lines = [f"{len(names)} {what}: {', '.join(names)}"
-                 for what, names in (("missing", missing), ("unexpected", extra), ("of another shape", shape)) if names]
-        raise ValueError(f"{source} does not fit this network (" + "; ".join(lines) + f"). It holds {holds or kind_of(state)}. Nothing was loaded.")
+                 for what, names in wrong.items() if names]
+        raise ValueError(f"{source} does not fit this network ({'; '.join(lines)}). "
+                         f"It holds {holds or kind_of(state)}. Nothing was loaded.")
     module.load_state_dict(have | state)
 
 # %% ../nbs/03_models.ipynb #0069abcd
-STAGES = dict(zip("014567", ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")))  # base.2 and base.3 hold no tensors
+# base.2 and base.3 hold no tensors
+STAGES = dict(zip("014567", ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")))
 
 def our_names(state):  # dict name -> tensor
-    "Released names as ours: `base.N` is a stage of the ResNet; PPLR's `bnneck` is the global neck, `bnneckN` that of part N; Cluster Contrast's are `feat_bn` and `gap`."
+    """Released names as ours: `base.N` is a stage of the ResNet; PPLR's `bnneck` is the global
+    neck, `bnneckN` that of part N; Cluster Contrast's are `feat_bn` and `gap`."""
     def rename(k):
-        if k.startswith(("feat_bn.", "gap.")): return k.replace("feat_bn.", "necks.0.").replace("gap.", "pools.0.")
+        if k.startswith("feat_bn."): return k.replace("feat_bn.", "necks.0.")
+        if k.startswith("gap."): return k.replace("gap.", "pools.0.")
         if m := re.fullmatch(r"base\.([014-7])\.(.+)", k): return f"backbone.{STAGES[m[1]]}.{m[2]}"
-        if m := re.fullmatch(r"bnneck(\d*)\.(.+)", k): return f"necks.{int(m[1]) + 1 if m[1] else 0}.{m[2]}"
+        if m := re.fullmatch(r"bnneck(\d*)\.(.+)", k):
+            return f"necks.{int(m[1]) + 1 if m[1] else 0}.{m[2]}"
         return k
     return {rename(k): v for k, v in state.items()}
 
 # %% ../nbs/03_models.ipynb #0071abcd
 def load_pretrained(model,     # ReIDModel
                     backbone,  # its name in BACKBONES
-                    weights,   # "pretrained", "none" or a file: with necks a whole network, else a backbone
-                    ) -> str:  # one line that says what was loaded, and which classifiers were left out
-    "Give the network its start: ImageNet for ResNets, the shipped stand-in for `small`, a file, or nothing. FileNotFoundError without the file, ValueError when it does not fit."
+                    # "pretrained", "none" or a file: with necks a whole network, else a backbone
+                    weights,
+                    # one line that says what was loaded, and which classifiers were left out
+                    ) -> str:
+    """Give the network its start: ImageNet for ResNets, the shipped stand-in for `small`, a file,
+    or nothing. FileNotFoundError without the file, ValueError when it does not fit."""
     if weights == "none": return "random initialisation (no pre-training)"
     if weights != "pretrained":
         state = our_names(read_state(weights))
@@ -269,27 +319,40 @@ def load_pretrained(model,     # ReIDModel
             return f"weights from {Path(weights).name}"
         load_state(model, state, weights, ignore=("classifier",))
         left = sorted({k.partition(".")[0] for k in state if k.startswith("classifier")})
-        return f"whole network from {Path(weights).name}" + (f" (left out: {', '.join(left)})" if left else "")
+        note = f" (left out: {', '.join(left)})" if left else ""
+        return f"whole network from {Path(weights).name}{note}"
     if backbone == "small":
         load_state(model.backbone, read_state(WEIGHTS / "small.safetensors"))
         return "stand-in for ImageNet: trained with labels on synthetic-source (19_standin)"
-    url, name = IMAGENET[backbone], Path(IMAGENET[backbone]).name
-    kept = Path(torch.hub.get_dir()) / "checkpoints" / name
-    try: state = read_state(kept) if kept.exists() else torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    load_state(model.backbone, imagenet_state(backbone))
+    return f"ImageNet weights {Path(IMAGENET[backbone]).name}"
+
+def imagenet_state(backbone) -> dict:
+    "ImageNet weights from torch's own folder, downloaded once; FileNotFoundError without them."
+    url, folder = IMAGENET[backbone], Path(torch.hub.get_dir()) / "checkpoints"
+    kept = folder / Path(url).name
+    if kept.exists(): return read_state(kept)
+    try: return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except OSError as e:
-        raise FileNotFoundError(f"ImageNet weights for {backbone} are not in {torch.hub.get_dir()}/checkpoints and cannot be downloaded ({e}). "
-                                f"Put {name} there (from {url}), pass weights=FILE, or weights='none' to start from nothing.") from None
-    load_state(model.backbone, state)
-    return f"ImageNet weights {name}"
+        raise FileNotFoundError(
+            f"ImageNet weights for {backbone} are not in {folder} and cannot be downloaded ({e}). "
+            f"Put {kept.name} there (from {url}), pass weights=FILE, or weights='none' to start "
+            "from nothing.") from None
 
 # %% ../nbs/03_models.ipynb #0076abcd
-LATER = {"vit": "reidbook.vit"}  # first word of a backbone's name -> module with `Network` and `load_pretrained`
+# first word of a backbone's name -> module with `Network` and `load_pretrained`
+LATER = {"vit": "reidbook.vit"}
 
 # %% ../nbs/03_models.ipynb #0077abcd
-def create_model(backbone="small", weights="pretrained", *, pooling="gem", parts=0, bn_group_size=None, seed=0):
-    "A network with its start: the model and the line that says where its weights come from. Same seed, same random layers. Arguments and errors are those of `ReIDModel` and `load_pretrained`."
+def create_model(backbone="small", weights="pretrained", *, pooling="gem", parts=0,
+                 bn_group_size=None, seed=0):
+    """A network with its start: the model and the line that says where its weights come from. Same
+    seed, same random layers. Arguments and errors are those of `ReIDModel` and
+    `load_pretrained`."""
     make, load, family = ReIDModel, load_pretrained, backbone.split("_")[0]
-    if family in LATER: make, load = (getattr(importlib.import_module(LATER[family]), name) for name in ("Network", "load_pretrained"))
+    if family in LATER:
+        module = importlib.import_module(LATER[family])
+        make, load = module.Network, module.load_pretrained
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make(backbone, pooling, parts, bn_group_size)
@@ -298,7 +361,8 @@ def create_model(backbone="small", weights="pretrained", *, pooling="gem", parts
 # %% ../nbs/03_models.ipynb #0082abcd
 def pick_device(device="auto"):
     "`auto` is the first GPU where there is one, else the CPU."
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
 
 # %% ../nbs/03_models.ipynb #0083abcd
 @torch.inference_mode()
@@ -307,7 +371,8 @@ def extract_features(model,           # gives (global, parts) for a batch, as Re
                      batch_size=256,
                      device="auto",
                      ) -> Features:
-    "Features of all images in evaluation mode, each head L2-normalised on its own; the model's mode is left as it was."
+    """Features of all images in evaluation mode, each head L2-normalised on its own; the model's
+    mode is left as it was."""
     found = tuple(getattr(images, "shape", ())), str(getattr(images, "dtype", type(images)))
     if len(found[0]) != 4 or 0 in found[0] or found[1] not in ("uint8", "torch.uint8"):
         raise ValueError(f"images: found shape {found[0]} of {found[1]}, "
@@ -318,7 +383,8 @@ def extract_features(model,           # gives (global, parts) for a batch, as Re
     model.to(device).eval()
     globals_, parts = [], []
     for i in tqdm(range(0, len(images), batch_size), desc="features", leave=False, delay=3):
-        g, p = model(test_transform(torch.from_numpy(np.array(images[i:i + batch_size])).to(device)))
+        batch = torch.from_numpy(np.array(images[i:i + batch_size])).to(device)
+        g, p = model(test_transform(batch))
         globals_.append(F.normalize(g.float(), dim=1).cpu())
         if p is not None: parts.append(F.normalize(p.float(), dim=2).cpu())
     model.train(training)

@@ -28,28 +28,36 @@ from .models import Features, create_model, pick_device
 def plain_transform(settings):
     "What happens to one Pillow image of a batch."
     s, size = settings, (settings.height, settings.width)
-    return transforms.Compose([transforms.Resize(size, interpolation=3), transforms.RandomHorizontalFlip(s.flip), transforms.Pad(s.pad),
-                               transforms.RandomCrop(size), transforms.ToTensor(), transforms.Normalize(MEAN, STD), transforms.RandomErasing(s.erase)])
+    return transforms.Compose([
+        transforms.Resize(size, interpolation=3), transforms.RandomHorizontalFlip(s.flip),
+        transforms.Pad(s.pad), transforms.RandomCrop(size), transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD), transforms.RandomErasing(s.erase)])
 
 # %% ../nbs/19_speed.ipynb #0011abcd
 class PlainImages(torch.utils.data.Dataset):
     "Image files, opened and augmented one at a time."
-    def __init__(self, paths, labels, settings): self.paths, self.labels, self.transform = list(paths), labels, plain_transform(settings)
+    def __init__(self, paths, labels, settings):
+        self.paths, self.labels, self.transform = list(paths), labels, plain_transform(settings)
     def __len__(self): return len(self.paths)
     def __getitem__(self, i):
-        with Image.open(self.paths[i]) as image: return self.transform(image.convert("RGB")), self.labels[i]
+        with Image.open(self.paths[i]) as image:
+            return self.transform(image.convert("RGB")), self.labels[i]
 
 # %% ../nbs/19_speed.ipynb #0015abcd
 def plain_loader(dataset, settings, n, device, workers=None):
     "`n` batches of augmented images and labels, made by `workers` processes (None: one per core)."
     s, labels = settings, np.unique(dataset.train.pid, return_inverse=True)[1]
-    rows = pk_batches(labels, dataset.train.cam.to_numpy(), batch_size=s.batch_size, instances=s.instances, rng=0)
-    return DataLoader(PlainImages(dataset.train.path, labels, s), batch_sampler=[next(rows).tolist() for _ in range(n)],
-                      num_workers=os.cpu_count() if workers is None else workers, pin_memory=device.type == "cuda")
+    rows = pk_batches(labels, dataset.train.cam.to_numpy(), batch_size=s.batch_size,
+                      instances=s.instances, rng=0)
+    return DataLoader(PlainImages(dataset.train.path, labels, s),
+                      batch_sampler=[next(rows).tolist() for _ in range(n)],
+                      num_workers=os.cpu_count() if workers is None else workers,
+                      pin_memory=device.type == "cuda")
 
 # %% ../nbs/19_speed.ipynb #0018abcd
 class PlainMemory(torch.autograd.Function):
-    "Similarities to the prototypes; the backward pass writes every image into its prototype, one after the other."
+    """Similarities to the prototypes; the backward pass writes every image into its prototype, one
+    after the other."""
     @staticmethod
     def forward(ctx, feats, targets, memory, momentum):
         ctx.save_for_backward(feats, targets)
@@ -68,7 +76,8 @@ class PlainMemory(torch.autograd.Function):
 def plain_step(model, optimizer, memory, images, targets, settings) -> float:
     "One step of the plain loop; its loss."
     feats = F.normalize(model(images)[0], dim=1)
-    loss = F.cross_entropy(PlainMemory.apply(feats, targets, memory, settings.momentum) / settings.temperature, targets)
+    similarities = PlainMemory.apply(feats, targets, memory, settings.momentum)
+    loss = F.cross_entropy(similarities / settings.temperature, targets)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -78,10 +87,12 @@ def plain_step(model, optimizer, memory, images, targets, settings) -> float:
 def plain_loop(dataset, settings, device, batches, workers=None, warm=2) -> float:
     "Images a second of the plain loop."
     s, classes = settings, dataset.train.pid.nunique()
-    model = create_model(s.backbone, "none", pooling=s.pooling, bn_group_size=s.bn_group_size)[0].to(device).train()
+    model, _ = create_model(s.backbone, "none", pooling=s.pooling, bn_group_size=s.bn_group_size)
+    model = model.to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
     memory = F.normalize(torch.randn(classes, model.dim, device=device), dim=1)
-    for i, (images, targets) in enumerate(plain_loader(dataset, s, warm + batches, device, workers)):
+    loader = plain_loader(dataset, s, warm + batches, device, workers)
+    for i, (images, targets) in enumerate(loader):
         if i == warm: clock = time.perf_counter()
         plain_step(model, optimizer, memory, images.to(device), targets.to(device), s)
     return batches * s.batch_size / (time.perf_counter() - clock)
@@ -100,9 +111,11 @@ def our_loop(dataset, settings, device, batches, warm=2) -> dict:
     "Images a second of the book's loop; seconds for decoding all training images, once."
     clock = time.perf_counter()
     t = training.start(dataset, Baseline, vars(settings) | {"weights": "none"}, device=device)
-    decode, labels = time.perf_counter() - clock, np.unique(dataset.train.pid, return_inverse=True)[1]
+    decode = time.perf_counter() - clock
+    labels = np.unique(dataset.train.pid, return_inverse=True)[1]
     t.labels = labels.astype(np.int64)
-    t.method.start_epoch(t, Features(F.normalize(torch.randn(len(labels), t.model.dim), dim=1).numpy()))
+    prototypes = F.normalize(torch.randn(len(labels), t.model.dim), dim=1)
+    t.method.start_epoch(t, Features(prototypes.numpy()))
     timed_epoch(t, warm)
     return {"ours": batches * settings.batch_size / timed_epoch(t, batches), "decode_s": decode}
 
@@ -110,11 +123,14 @@ def our_loop(dataset, settings, device, batches, warm=2) -> dict:
 def conditions(dataset, settings, device) -> dict:
     "What was measured, and on what."
     s, cuda = settings, device.type == "cuda"
-    return {"dataset": dataset, "network": s.backbone, "size": f"{s.height}x{s.width}", "batch": s.batch_size, "precision": s.precision if cuda else "float32",
-            "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} thread(s)"}
+    cpu = f"CPU, {torch.get_num_threads()} thread(s)"
+    return {"dataset": dataset, "network": s.backbone, "size": f"{s.height}x{s.width}",
+            "batch": s.batch_size, "precision": s.precision if cuda else "float32",
+            "device": torch.cuda.get_device_name(device) if cuda else cpu}
 
 # %% ../nbs/19_speed.ipynb #0036abcd
-def bench_train(dataset="synthetic-small", device="auto", batches=20, workers=None, **settings) -> dict:
+def bench_train(dataset="synthetic-small", device="auto", batches=20, workers=None,
+                **settings) -> dict:
     "Both loops, one after the other, on the same device."
     data, device = open_dataset(dataset), pick_device(device)
     s = SimpleNamespace(**training.resolve(Baseline, dataset, **settings))
@@ -125,17 +141,22 @@ def bench_train(dataset="synthetic-small", device="auto", batches=20, workers=No
 # %% ../nbs/19_speed.ipynb #0038abcd
 def bench_parser():
     "The words of `reidbook bench train`."
-    p = argparse.ArgumentParser(prog="reidbook bench train", description="Images a second in training: this loop, and a plain one as the released systems write it.")
+    p = argparse.ArgumentParser(
+        prog="reidbook bench train", description="Images a second in training: this loop, and a "
+        "plain one as the released systems write it.")
     p.add_argument("--dataset", default="synthetic-small")
     p.add_argument("--device", default="auto")
     p.add_argument("--batches", type=int, default=20)
-    p.add_argument("--workers", type=int, help="loader processes of the plain loop (default: one per core)")
-    p.add_argument("-p", "--param", action="append", metavar="NAME=VALUE", help="a setting, such as backbone=resnet50; may be repeated")
+    p.add_argument("--workers", type=int,
+                   help="loader processes of the plain loop (default: one per core)")
+    p.add_argument("-p", "--param", action="append", metavar="NAME=VALUE",
+                   help="a setting, such as backbone=resnet50; may be repeated")
     return p
 
 # %% ../nbs/19_speed.ipynb #0039abcd
 def main(words=None):
     "`reidbook bench train`."
     args = bench_parser().parse_args(words)
-    row = bench_train(args.dataset, args.device, args.batches, args.workers, **training.parse_settings(args.param))
+    settings = training.parse_settings(args.param)
+    row = bench_train(args.dataset, args.device, args.batches, args.workers, **settings)
     for k, v in row.items(): print(f"{k:10s}{v:.2f}" if isinstance(v, float) else f"{k:10s}{v}")

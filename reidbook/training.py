@@ -43,6 +43,7 @@ import yaml
 from torch import nn
 
 from . import parallel
+from .clustering import min_similarity
 from reidbook.data import (
     column, Dataset, load_images, lock, pk_batches, train_transform, write_atomic,
 )
@@ -51,6 +52,7 @@ from reidbook.models import (
     BACKBONES, LATER, create_model, extract_features, Features, load_plain, load_state,
     pick_device, what_lies_at,
 )
+from .neighbors import jaccard_similarity
 from .noise import label_quality
 from .synthetic import histogram_features, pixel_features
 
@@ -318,6 +320,13 @@ class Method:
         s = t.settings
         return create_model(s.backbone, s.weights, pooling=s.pooling,
                             bn_group_size=s.bn_group_size, seed=t.seed)
+    def similarity(self, t: "State", feats, least=None, k2=None):
+        """N x N sparse similarity of `feats`, an N x D array: the Jaccard similarity with k1 and k2.
+        Entries below `least` may be missing; None: those that DBSCAN at the setting eps cannot use.
+        Every `labels` that needs a similarity asks here."""
+        s = t.settings
+        least = min_similarity(s.eps) if least is None else least
+        return jaccard_similarity(feats, s.k1, k2 or s.k2, min_similarity=least)
     def labels(self, t: "State", feats: Features):
         "Pseudo labels (N int64, -1 for outliers) from `Features` of all training images."
         raise TypeError(f"{type(self).__name__} must define labels(t, feats)")

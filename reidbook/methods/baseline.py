@@ -6,9 +6,8 @@
 __all__ = ['METHOD', 'Baseline']
 
 # %% ../../nbs/10_methods.baseline.ipynb #0003abcd
-from ..clustering import dbscan, min_similarity
+from ..clustering import dbscan
 from ..memory import ClusterMemory, prototypes
-from ..neighbors import jaccard_similarity
 from ..training import Method, Setting
 
 # %% ../../nbs/10_methods.baseline.ipynb #0020abcd
@@ -23,10 +22,9 @@ class Baseline(Method):
     datasets = {"synthetic": dict(temperature=0.1, momentum=0.2), "synthetic-large": {}}
 
     def labels(self, t, feats):
-        "DBSCAN on the sparse Jaccard similarity of the global features."
+        "DBSCAN on the sparse similarity of the global features."
         s = t.settings
-        sim = jaccard_similarity(feats.global_, s.k1, s.k2, min_similarity=min_similarity(s.eps))
-        return dbscan(sim, s.eps, s.min_samples)
+        return dbscan(self.similarity(t, feats.global_), s.eps, s.min_samples)
 
     def start_epoch(self, t, feats):
         "One prototype per cluster, from this epoch's features."

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 import torch
 from tqdm.auto import tqdm
 from .. import training
-from ..clustering import agglomerative, dbscan, infomap, min_similarity
+from ..clustering import agglomerative, dbscan, infomap
 from ..data import Dataset
 from .baseline import Baseline
 from ..neighbors import as_array, as_ids, as_neighbors, as_number, jaccard_similarity, knn
@@ -241,17 +241,17 @@ def camera_labels(t) -> np.ndarray:
     return labels
 
 # %% ../../nbs/12_methods.icsr.ipynb #0080abcd
-def global_clusters(feats,  # N x D
-                    s,      # the run's settings
+def global_clusters(t,      # the run's state
+                    feats,  # N x D
                     how,    # infomap, agglomerative or dbscan
                     ) -> np.ndarray:
     "Clusters of all images, by the chosen algorithm."
+    s = t.settings
     if how == "infomap": return infomap(feats, s.knn, s.min_similarity, s.min_size)
     if how == "agglomerative":
-        return agglomerative(jaccard_similarity(feats, s.k1, s.k2),
+        return agglomerative(t.method.similarity(t, feats, 0),
                              s.n_clusters or max(2, len(feats) // 20))
-    return dbscan(jaccard_similarity(feats, s.k1, s.k2, min_similarity=min_similarity(s.eps)),
-                  s.eps, s.min_samples)
+    return dbscan(t.method.similarity(t, feats), s.eps, s.min_samples)
 
 # %% ../../nbs/12_methods.icsr.ipynb #c0de1201
 PUBLISHED = Baseline.settings | dict(
@@ -297,10 +297,10 @@ class ICSR(Baseline):
     def labels(self, t, feats):
         "Global clusters, less what the information nodes strike out."
         s = t.settings
-        labels = global_clusters(feats.global_, s, s.clustering)
+        labels = global_clusters(t, feats.global_, s.clustering)
         if s.nodes == "none": return labels
         if s.nodes_from == "labels": speakers = labels
-        else: speakers = global_clusters(feats.global_, s, "infomap")
+        else: speakers = global_clusters(t, feats.global_, "infomap")
         scores = node_scores(*knn(feats.global_, s.knn), s.min_similarity)
         self.nodes = information_nodes(scores, speakers, s.nodes)
         draws = t.rng.random(len(labels)) if s.self_paced else None

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from .. import training
-from ..clustering import dbscan, min_similarity
+from ..clustering import dbscan
 from ..data import train_transform
 from ..memory import ClusterMemory, mean_update, on_device, prototypes
 from ..models import extract_features
-from ..neighbors import as_ids, jaccard_similarity
+from ..neighbors import as_ids
 from ..training import Setting
 
 
@@ -505,11 +505,9 @@ class Flips(training.Method):
         compat=Setting(False, "what the released code does"))
 
     def labels(self, t, feats):
-        "DBSCAN on the sparse Jaccard similarity, as the baseline."
+        "DBSCAN on the sparse similarity, as the baseline."
         s = t.settings
-        similarity = jaccard_similarity(feats.global_, s.k1, s.k2,
-                                        min_similarity=min_similarity(s.eps))
-        return dbscan(similarity, s.eps, s.min_samples)
+        return dbscan(self.similarity(t, feats.global_), s.eps, s.min_samples)
 
     def start_epoch(self, t, feats):
         "Fresh memories, the members of each image's cluster, the flips, and how many they are."

@@ -17,7 +17,7 @@ from ..clustering import dbscan, min_similarity
 from ..memory import on_device, prototypes, soft_triplet_loss
 from ..models import create_model
 from ..neighbors import (as_array, as_batch, as_count, as_matrix, as_number,
-                                jaccard_similarity, list_agreement, neighbor_lists)
+                                list_agreement, neighbor_lists)
 from ..training import DATASETS, Method, SYNTHETIC, Setting
 
 
@@ -263,8 +263,7 @@ class PartNetwork(Method):
         "DBSCAN on the global feature: the parts have no say in the clusters."
         s = t.settings
         eps, k2 = s.camera_eps if s.camera else s.eps, 6 if s.compat else s.k2
-        similarity = jaccard_similarity(feats.global_, s.k1, k2,
-                                        min_similarity=min_similarity(eps))
+        similarity = self.similarity(t, feats.global_, min_similarity(eps), k2)
         return dbscan(similarity, eps, s.min_samples)
 
 

@@ -7,6 +7,7 @@ __all__ = ['VIEWS', 'TEACHER_BN', 'STUDENT', 'METHOD', 'views', 'fuse', 'fused_s
            'distillation_loss', 'ThreeViews', 'train_teacher', 'frozen_teacher', 'Purification']
 
 # %% ../../nbs/15_methods.purification.ipynb #0003abcd
+from functools import partial
 from types import SimpleNamespace
 import scipy.sparse as sp
 import torch
@@ -60,14 +61,18 @@ def fused_similarity(feats,         # `Features` with two parts
                      k1=30, k2=6,   # of `jaccard_similarity`
                      lambda1=0.15,  # weight of each half
                      least=0.0,  # smaller entries are not needed: `clustering.min_similarity(eps)`
+                     # function of N x D features and `least`; None: `jaccard_similarity`
+                     similarity=None,
                      ):             # N x N scipy CSR; entries of at least `least` are exact
-    """Jaccard similarity of each view, fused. Pairs that the whole image alone puts out of reach
+    """Similarity of each view, fused. Pairs that the whole image alone puts out of reach
     of `least` are left out."""
     whole, upper, lower = views(feats)
     reach = max(0.0, (least - 2 * lambda1) / (1 - 2 * lambda1)) if lambda1 < 0.5 else 0.0
-    sim = jaccard_similarity(whole, k1, k2, min_similarity=reach)
+    if similarity is None:
+        similarity = lambda x, least: jaccard_similarity(x, k1, k2, min_similarity=least)
+    sim = similarity(whole, reach)
     if lambda1 == 0: return sim
-    halves = [jaccard_similarity(half, k1, k2) for half in (upper, lower)]
+    halves = [similarity(half, 0) for half in (upper, lower)]
     if reach > 0: halves = [half.multiply(sim > 0).tocsr() for half in halves]
     return fuse(sim, *halves, lambda1)
 
@@ -125,8 +130,9 @@ class ThreeViews(training.Method):
     def clusters(self, t, feats, lambda1):
         "DBSCAN on the fused similarity."
         s = t.settings
-        return dbscan(fused_similarity(feats, s.k1, s.k2, lambda1, min_similarity(s.eps)), s.eps,
-                      s.min_samples)
+        fused = fused_similarity(feats, lambda1=lambda1, least=min_similarity(s.eps),
+                                 similarity=partial(self.similarity, t))
+        return dbscan(fused, s.eps, s.min_samples)
 
     def labels(self, t, feats):
         "Clusters of all views; a start that is not the network's has no halves."
