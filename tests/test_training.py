@@ -1,4 +1,6 @@
 "The loop: repeatable, resumable, honest about bad labels."
+import copy
+
 import numpy as np
 import pytest
 import torch
