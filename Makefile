@@ -2,6 +2,7 @@
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN    := $(VENV)/bin
+TWO    := -n 2 --dist loadgroup --no-loadscope-reorder  # two tests at a time, the longest first (tests/conftest.py)
 
 .PHONY: help demo test check lab site export diff gpu
 help:  ## list these commands
@@ -14,10 +15,10 @@ demo: $(VENV)/.installed  ## make the synthetic set, train the baseline through 
 	$(BIN)/reidbook site
 
 test: $(VENV)/.installed  ## everything CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=20 tests  # two at a time, one thread each: two cores are enough
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TWO) --durations=20 tests
 
 check: $(VENV)/.installed  ## under three minutes: lint, exports, style, words, and the tests of what changed since main
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $$($(BIN)/python tests/changed.py)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TWO) $$($(BIN)/python tests/changed.py)
 
 lab: $(VENV)/.installed  ## open JupyterLab at the tour
 	$(BIN)/jupyter lab nbs/00_tour.ipynb
@@ -30,7 +31,7 @@ export: $(VENV)/.installed  ## after editing notebooks: modules, clean notebooks
 	$(BIN)/nbdev_clean
 	$(BIN)/python -c 'from reidbook.site import make_readme; make_readme()'
 
-gpu: $(VENV)/.installed  ## measure on this machine's GPU what nbs/19_gpu.ipynb shows
+gpu: $(VENV)/.installed  ## measure on this machine's GPU what nbs/19d_gpu.ipynb shows
 	$(BIN)/python tests/gpu/day.py --out gpu.json
 
 # notebooks as text: prose and code, no outputs, no metadata; make diff SINCE=main..branch

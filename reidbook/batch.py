@@ -222,6 +222,7 @@ def collect(places, running):
     "Note what has become of the runs that have ended; their places are free again."
     for run, child, place in list(running.values()):
         if child.poll() is None: continue
+        child.stdin.close()
         outcome(run, child.returncode)
         places.append(place)
         del running[run.name]

@@ -323,7 +323,7 @@ def load_pretrained(model,     # ReIDModel
         return f"whole network from {Path(weights).name}{note}"
     if backbone == "small":
         load_state(model.backbone, read_state(WEIGHTS / "small.safetensors"))
-        return "stand-in for ImageNet: trained with labels on synthetic-source (19_standin)"
+        return "stand-in for ImageNet: trained with labels on synthetic-source (19c_standin)"
     load_state(model.backbone, imagenet_state(backbone))
     return f"ImageNet weights {Path(IMAGENET[backbone]).name}"
 

@@ -12,7 +12,8 @@ __all__ = ['KINDS', 'LARGEST', 'PRECISIONS', 'SETTINGS', 'SYNTHETIC', 'DATASETS'
            'make_labels', 'check_labels', 'Batch', 'batches', 'read', 'ahead', 'augmented', 'view', 'train_epoch',
            'has_test', 'test', 'score', 'epochs', 'one_epoch', 'describe_labels', 'describe_test', 'write_whole',
            'hold', 'in_use', 'release', 'save_checkpoint', 'whole_checkpoint', 'read_checkpoint', 'load_checkpoint',
-           'stage', 'note_stage', 'stage_time', 'checksum_of', 'whole_stage', 'write_stage', 'plot_history']
+           'stage', 'note_stage', 'stage_time', 'checksum_of', 'whole_stage', 'write_stage', 'teacher_step',
+           'plot_history']
 
 # %% ../nbs/09_training.ipynb #0003abcd
 import contextlib
@@ -332,12 +333,18 @@ class Method:
         raise TypeError(f"{type(self).__name__} must define labels(t, feats)")
     def start_epoch(self, t: "State", feats: Features):
         "Build what the losses need: memories, scores, classifiers."
+    def groups(self, t: "State") -> np.ndarray:
+        "N numbers: what a batch is drawn from, K images of each; -1 is never drawn. The clusters."
+        return t.labels
     def loss(self, t: "State", batch: "Batch") -> dict:
         "Named loss terms of a batch, whose sum is minimised."
         raise TypeError(f"{type(self).__name__} must define loss(t, batch)")
     def after_step(self, t: "State", batch: "Batch"): "Called after the optimiser's step."
     def end_epoch(self, t: "State"):
         "Called after the last batch; a dict of numbers returned here goes into the epoch's record."
+    def network(self, t: "State"):
+        "The network that is tested: the trained one."
+        return t.model
     def state(self) -> dict:
         "What must survive a restart besides model, optimiser and labels: tensors and plain data."
         return {}
@@ -559,10 +566,12 @@ def seed_epoch(t):
     random.seed(t.generator.initial_seed())
 
 # %% ../nbs/09_training.ipynb #0041abcd
-def features(t, images):
+def features(t, images,
+             model=None,  # None: the one in training
+             ):
     "`Features` of N x 3 x H x W images; of several processes each does its share."
     rows, device = parallel.share(len(images)), t.device
-    mine = extract_features(t.model, images[rows], batch_size=1024 if device.type == "cuda" else 256, device=device)
+    mine = extract_features(model or t.model, images[rows], batch_size=1024 if device.type == "cuda" else 256, device=device)
     return Features(*(parallel.gather(x, rows, len(images), device) for x in (mine.global_, mine.parts)))
 
 # %% ../nbs/09_training.ipynb #0042abcd
@@ -604,10 +613,10 @@ class Batch(Fields):
 # %% ../nbs/09_training.ipynb #0045abcd
 def batches(t: State):
     "This epoch's batches."
-    s = t.settings
-    # fewer clusters than a batch needs: a smaller batch, not a crash
-    size = min(s.batch_size, int(t.labels.max() + 1) * s.instances)
-    rows = pk_batches(t.labels, t.cams, batch_size=size, instances=s.instances, rng=t.rng,
+    s, groups = t.settings, t.method.groups(t)
+    # fewer groups than a batch needs: a smaller batch, not a crash
+    size = min(s.batch_size, int(groups.max() + 1) * s.instances)
+    rows = pk_batches(groups, t.cams, batch_size=size, instances=s.instances, rng=t.rng,
                       prefer_other_cameras=s.prefer_other_cameras)
     rows = (index for _, index in zip(range(t.plan.iterations), rows))
     for index, images in ahead(t, rows):
@@ -680,7 +689,7 @@ def score(t, query, gallery):
     size = t.settings.height, t.settings.width
     load = lambda table: load_images(table.path, size, cache=t.cache)
     images = parallel.in_turn(lambda: [load(table) for table in (query, gallery)])
-    q, g = (features(t, x) for x in images)
+    q, g = (features(t, x, t.method.network(t)) for x in images)
     if parallel.size() > 1 and parallel.rank(): return None
     ids = [column(table, name) for name in ("pid", "cam") for table in (query, gallery)]
     return evaluate(q.global_, g.global_, *ids), q, g
@@ -908,6 +917,15 @@ def write_stage(result, made):
     write_whole(checksum_of(result), f"{checksum}  {result.name}\n".encode())
     write_whole(result, buffer.getbuffer())
     for name in CHECKPOINTS: (result.parent / name).unlink(missing_ok=True)
+
+# %% ../nbs/09_training.ipynb #15e0001a
+@torch.no_grad()
+def teacher_step(teacher,       # a network; its parameters move, in place
+                 student,       # another one of the same shapes
+                 decay=0.999):  # weight of what the teacher was
+    "A step of the teacher towards the student; buffers stay (Tarvainen and Valpola 2017)."
+    for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+        slow.mul_(decay).add_(fast, alpha=1 - decay)
 
 # %% ../nbs/09_training.ipynb #0086abcd
 def plot_history(history,  # records from `epochs`

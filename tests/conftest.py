@@ -1,4 +1,5 @@
-"Shared by all tests: one thread (two tests run at a time), the reference implementations' vectors, a data root of our own."
+"Shared by all tests: their order, one thread, the reference implementations' vectors, a data root."
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,22 @@ import torch
 torch.set_num_threads(1)  # tests run two at a time
 try: import faiss  # noqa: F401 (before any test loads infomap, which crashes in `modules()` otherwise: see 05_clustering)
 except ImportError: pass
+
+
+SECONDS = json.loads((Path(__file__).parent / "seconds.json").read_text())  # of one core, measured
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Longest first, so that two workers end at the same time; `make test` says `--dist loadgroup`.
+
+    A file's tests share sets and sites, so they stay together. Tests of pages go one by one."""
+    def name(item):
+        chapter = "test_chapter_runs[" in item.nodeid
+        return item.callspec.id if chapter else item.path.name
+    for item in items:
+        if item.path.name != "test_book.py": item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: -SECONDS.get(name(item), 1))
 
 
 @pytest.fixture(scope="session")

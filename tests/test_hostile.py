@@ -72,6 +72,7 @@ CALLS = {
     "noise_table": (noise.noise_table, dict(labels=("ids", labels), pids=("ids", labels), cams=("ids or none", cams))),
     "noise_record": (noise.noise_record, dict(labels=("ids", labels), pids=("ids", labels), cams=("ids or none", cams))),
     "prototypes": (memory.prototypes, dict(feats=("matrix", x), labels=("ids", labels))),
+    "camera_proxies": (memory.camera_proxies, dict(features=("matrix", x), labels=("ids", labels), cams=("ids", cams))),
     "info_nce": (memory.info_nce, dict(feats=("batch", x), memory=("given", torch.tensor(protos)), targets=("ids", labels), temperature=("number", 0.1))),
     "mean_update": (memory.mean_update, dict(memory=("given", torch.tensor(protos)), feats=("given", torch.tensor(x)), targets=("ids", labels), momentum=("number", 0.1))),
     "hard_update": (memory.hard_update, dict(memory=("given", torch.tensor(protos)), feats=("given", torch.tensor(x)), targets=("ids", labels), momentum=("number", 0.1))),

@@ -84,11 +84,11 @@ print(p.pid, flush=True)
 time.sleep(60)
 """
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=env)
-    child = int(parent.stdout.readline())
-    import time
-    time.sleep(4)  # the child has called leash
-    parent.kill(); parent.wait()
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=env) as parent:
+        child = int(parent.stdout.readline())
+        import time
+        time.sleep(4)  # the child has called leash
+        parent.kill()
     for _ in range(50):
         time.sleep(0.1)
         try: os.kill(child, 0)

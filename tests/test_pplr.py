@@ -14,7 +14,8 @@ from reidbook.cli import main
 from reidbook.clustering import dbscan, min_similarity
 from reidbook.data import open_dataset
 from reidbook.memory import prototypes, soft_triplet_loss
-from reidbook.methods.pplr import PPLR, aals_loss, camera_proxies, cross_agreement, inter_camera_loss, pglr_loss, refined_labels, smoothed_loss
+from reidbook.memory import camera_proxies
+from reidbook.methods.pplr import PPLR, aals_loss, cross_agreement, inter_camera_loss, pglr_loss, refined_labels, smoothed_loss
 from reidbook.models import ReIDModel, create_model, load_pretrained
 from reidbook.neighbors import jaccard_similarity
 

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import signal
+from pathlib import Path
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -257,6 +258,6 @@ def make_stage(root, folder, made):
 def test_memory_is_flat_over_epochs(root):
     "Resident memory of later epochs is that of earlier ones; one kept checkpoint, batch or set of features an epoch would be twice the limit."
     if not os.path.exists("/proc/self/statm"): pytest.skip("needs /proc")
-    used = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+    used = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
     seen = [used() for _ in training.epochs(begin(root, None, epochs=22, iterations=1, eval_every=22))]
     assert np.median(seen[14:]) - np.median(seen[4:12]) < 8, seen

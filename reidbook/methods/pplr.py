@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'PER_DATASET', 'METHOD', 'cross_agreement', 'as_tensors', 'part_batch', 'refined_labels', 'pglr_loss',
-           'aals_loss', 'smoothed_loss', 'camera_proxies', 'camera_batch', 'inter_camera_loss', 'stacked_heads',
-           'class_means', 'add_classifiers', 'remove_classifiers', 'PartNetwork', 'PPLR', 'label_losses',
-           'camera_losses']
+           'aals_loss', 'smoothed_loss', 'camera_batch', 'inter_camera_loss', 'stacked_heads', 'class_means',
+           'add_classifiers', 'remove_classifiers', 'PartNetwork', 'PPLR', 'label_losses', 'camera_losses']
 
 # %% ../../nbs/11_methods.pplr.ipynb #0003abcd
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..clustering import dbscan, min_similarity
-from ..memory import on_device, prototypes, soft_triplet_loss
+from ..memory import camera_proxies, on_device, prototypes, soft_triplet_loss
 from ..models import create_model
 from ..neighbors import (as_array, as_batch, as_count, as_matrix, as_number,
                                 list_agreement, neighbor_lists)
@@ -113,17 +112,6 @@ def smoothed_loss(part_logits,    # B x P x C
     return F.cross_entropy(part_logits.flatten(0, 1),
                            targets.repeat_interleave(part_logits.shape[1]),
                            label_smoothing=smoothing)
-
-# %% ../../nbs/11_methods.pplr.ipynb #0041abcd
-def camera_proxies(features,  # N x D, unit rows
-                   labels,    # N labels, -1 left out
-                   cams,      # N cameras
-                   ):  # M x D unit rows, their M clusters, their M cameras; by cluster, then camera
-    "The mean of every cluster in every camera it occurs in, L2-normalised (Cho et al. 2022)."
-    labels, cams = np.asarray(labels), np.asarray(cams)
-    kept = labels >= 0
-    pairs, group = np.unique(np.stack([labels[kept], cams[kept]]), axis=1, return_inverse=True)
-    return prototypes(np.asarray(features)[kept], group.reshape(-1)), *pairs
 
 # %% ../../nbs/11_methods.pplr.ipynb #0044abcd
 def camera_batch(features, pids, cams):

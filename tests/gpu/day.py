@@ -2,7 +2,7 @@
 
 Needs torch, torchvision, numpy, scipy, pandas, numba and Pillow; no faiss, papermill or nbdev. Parts stand in
 order of worth. Each part is written to OUT as soon as it is measured, and a part that is there is not
-measured again: a machine that is lent for fifteen minutes gives what it can. nbs/19_gpu.ipynb shows the result."""
+measured again: a machine that is lent for fifteen minutes gives what it can. nbs/19d_gpu.ipynb shows the result."""
 import argparse
 import json
 import os
