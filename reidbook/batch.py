@@ -26,6 +26,7 @@ import yaml
 
 from . import checkpoints, runs
 from .parallel import check, leashed
+from .settings import is_a
 
 # %% ../nbs/20b_batch.ipynb #0006abcd
 def grid(datasets, methods, seeds=(1,), settings=None) -> list:

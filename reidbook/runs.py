@@ -41,6 +41,7 @@ from . import adaptation  # noqa: F401 (it registers the stage that `source` ask
 from . import checkpoints, parallel, training
 from .data import column, data_root, dataset_digest, load_images, open_dataset
 from .models import read_state
+from .settings import is_a, LARGEST
 
 # %% ../nbs/20_runs.ipynb #0007abcd
 def method_names() -> list:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reidbook import batch, checkpoints, runs, training
+from reidbook import batch, checkpoints, runs
 from reidbook.cli import main
 
 project = Path(__file__).parent.parent

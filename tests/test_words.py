@@ -14,7 +14,7 @@ import pytest
 
 import reidbook
 import reidbook.methods
-from reidbook import settings, training
+from reidbook import settings
 from reidbook.cli import parser
 from reidbook.site import check_notebook, options, read_bib
 
@@ -66,7 +66,7 @@ def missing_names(page, text):
     for name in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", FENCE.sub("", text)):
         if re.fullmatch(r"\d\d_[\w.]+(?:\.ipynb)?", name) and name.removesuffix(".ipynb") not in BOOKS: out.append(f"{page}: no chapter {name}")
         dotted = re.fullmatch(r"(?:reidbook\.)?(" + "|".join(re.escape(m) for m in MODULES if m != "batch") + r")\.([A-Za-z]\w*)(?:\([^)]*\))?", name)
-        if dotted and not hasattr(importlib.import_module(f"reidbook.{dotted[1]}"), dotted[2]) and dotted[2] not in ("py", "yaml", "json", "ipynb", "npz"):
+        if dotted and not hasattr(importlib.import_module(f"reidbook.{dotted[1]}"), dotted[2]) and dotted[2] not in ("py", "yaml", "json", "ipynb", "npz", "ini"):
             out.append(f"{page}: no {name}")
     for line in commands(text):
         words = line.split()[1:]
