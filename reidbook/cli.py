@@ -92,7 +92,8 @@ def data_make(args):
 
 def data_check(args):
     "Check a data set; exit code 1 when something would falsify a result."
-    from reidbook.data import check, open_dataset
+    from reidbook.data import open_dataset
+    from reidbook.checks import check
     report = check(open_dataset(args.name, args.root))
     print(report.to_json() if args.json else report)
     if not report.ok: raise RuntimeError(f"{args.name}: {len(report.errors)} error(s)")

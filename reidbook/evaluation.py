@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import neighbors
-from .data import open_image
+from .images import open_image
 from .neighbors import (
     as_array, as_count, as_ids, as_matrix, compiled, full_precision, in_threads, products)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from .data import MEAN, STD
+from .images import MEAN, STD
 from .models import extract_features
 
 # %% ../nbs/18_own_data.ipynb #0036abcd

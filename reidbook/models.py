@@ -27,7 +27,7 @@ import torchvision
 from torchvision.models.resnet import BasicBlock
 from tqdm.auto import tqdm
 
-from .data import load_images, test_transform
+from .images import load_images, test_transform
 
 # %% ../nbs/03_models.ipynb #0010abcd
 def _resnet(name, norm_layer):

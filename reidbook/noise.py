@@ -352,7 +352,7 @@ def show_cluster(paths,      # N image files
                  top=16):    # at most so many images
     """The images of one cluster: the owner's framed blue, everybody else's vermillion.
     Returns the figure; ValueError when no image has the label."""
-    from reidbook.data import show_images
+    from reidbook.images import show_images
     paths, labels, pids = list(paths), as_ids(labels, "labels"), as_ids(pids, "pids")
     rows = np.flatnonzero(labels == cluster)
     if not len(rows):
@@ -377,7 +377,7 @@ def show_identity(paths,    # N image files
                   top=16):  # at most so many images
     """The images of one person by cluster, framed in the colour of their kind of noise.
     Returns the figure; ValueError when there is no such person."""
-    from reidbook.data import show_images
+    from reidbook.images import show_images
     paths, labels, kinds = list(paths), as_ids(labels, "labels"), noise_kinds(labels, pids, cams)
     rows = np.flatnonzero(as_ids(pids, "pids") == pid)
     if not len(rows): raise ValueError(f"nobody has identity {pid}")

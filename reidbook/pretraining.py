@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 from tqdm.auto import tqdm
 
-from .data import load_images, open_image, write_atomic
+from .data import write_atomic
+from .images import load_images, open_image
 from .models import pick_device
 from .vit import SIZES, ViT, parse
 

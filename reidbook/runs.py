@@ -39,7 +39,8 @@ import reidbook
 import reidbook.methods
 from . import adaptation  # noqa: F401 (it registers the stage that `source` asks for)
 from . import checkpoints, parallel, training
-from .data import column, data_root, dataset_digest, load_images, open_dataset
+from .data import column, data_root, dataset_digest, open_dataset
+from .images import load_images
 from .models import read_state
 from .settings import is_a, LARGEST
 

@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from . import training
-from .data import MEAN, STD, open_dataset, pk_batches
+from .data import open_dataset
+from .images import MEAN, STD
+from .sampling import pk_batches
 from .methods.baseline import Baseline
 from .models import Features, create_model, pick_device
 from .settings import parse_settings

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm.auto import tqdm
 
-from .data import cpu_count, data_root
+from .data import data_root
+from .images import cpu_count
 
 # %% ../nbs/02_synthetic.ipynb #0005abcd
 VERSION = 1  # raise it whenever the same preset would draw other pixels

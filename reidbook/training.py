@@ -31,7 +31,9 @@ from reidbook.checkpoints import (
     hold, load_checkpoint, read_checkpoint, save_checkpoint, stage as stage, start_clock, timed,
 )
 from .clustering import min_similarity
-from .data import column, Dataset, load_images, pk_batches, train_transform
+from .data import column, Dataset
+from .images import load_images, train_transform
+from .sampling import pk_batches
 from .evaluation import evaluate
 from reidbook.models import (
     create_model, extract_features, Features, load_state, pick_device,

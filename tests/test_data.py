@@ -1,4 +1,5 @@
 "Every layout and every trap of the field's data sets, on miniature trees painted here; pixels, transforms, samplers, check."
+import importlib
 import json
 import os
 import pickle
@@ -17,7 +18,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
-import reidbook.data as data
+from reidbook import data, images as pictures
+from reidbook.checks import answerable, check, inspect_file
+from reidbook.images import augment, draw_augmentation, files_key, load_images, MEAN, open_image, ORIENTATION, show_images, STD, train_transform
+from reidbook.sampling import group_batches, pk_batches, released_generators, released_order, shard
 
 
 def paint(path, size=(16, 32), seed=None):
@@ -125,7 +129,7 @@ def test_msmt_v2_warns(tmp_path):
     msmt(tmp_path/"MSMT17_V2", "mask_train_v2", "mask_test_v2")
     with pytest.warns(UserWarning, match="blurred"): ds = data.open_dataset("msmt17", tmp_path)
     assert ds.variant.startswith("V2") and len(ds.train) == 3
-    assert any("blurred" in w for w in data.check(ds).warnings)
+    assert any("blurred" in w for w in check(ds).warnings)
     msmt(tmp_path/"MSMT17_V1")
     assert data.open_dataset("msmt17", tmp_path).variant == "V1"
 
@@ -186,8 +190,8 @@ def test_csv(tmp_path):
         ds = data.open_dataset("csv", root)
         assert ds.train["pid"].tolist() == [0, 1] and ds.train["cam"].tolist() == [0, 1]
         assert ds.query["pid"].tolist() == ds.gallery["pid"].tolist() == [2] and ds.gallery["cam"].tolist() == [2]
-        assert data.check(ds).ok
-    assert data.load_images(ds.train["path"], (8, 4)).shape == (2, 3, 8, 4)
+        assert check(ds).ok
+    assert load_images(ds.train["path"], (8, 4)).shape == (2, 3, 8, 4)
 
 
 def test_csv_without_labels_and_parquet(tmp_path):
@@ -232,7 +236,7 @@ def test_folder(tmp_path):
 def test_synthetic(root):
     ds = data.open_dataset("synthetic-tiny", root)
     assert len(ds.train) and {"path", "pid", "cam"} == set(ds.train) and (root/"synthetic-tiny"/"card.json").exists()
-    report = data.check(ds, progress=False)
+    report = check(ds, progress=False)
     assert report.ok, report.errors
     with pytest.raises(ValueError, match="synthetic-tiny"): data.open_dataset("synthetic-nothing", root)
 
@@ -294,7 +298,7 @@ def test_newline_and_undecodable_names(tmp_path):
     except OSError: pytest.skip("file system refuses the name")
     paint(tmp_path/"b.jpg")
     with pytest.warns(UserWarning, match="not UTF-8.*rename"): ds = data.open_dataset("folder", tmp_path)
-    assert len(ds.train) == 1 and data.check(ds).ok
+    assert len(ds.train) == 1 and check(ds).ok
 
 
 def test_empty_and_foreign_folders(tmp_path):
@@ -315,8 +319,8 @@ def test_read_only_folder(tmp_path, monkeypatch):
     assert len(ds.train) == 6
 
     def refuse(*args, **kwargs): raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr(data, "write_atomic", refuse)
-    with pytest.warns(UserWarning, match="cannot be written"): images = data.load_images(ds.train["path"], (8, 4), cache=tmp_path/"cache")
+    for module in data, pictures: monkeypatch.setattr(module, "write_atomic", refuse)
+    with pytest.warns(UserWarning, match="cannot be written"): images = load_images(ds.train["path"], (8, 4), cache=tmp_path/"cache")
     assert images.shape == (6, 3, 8, 4)
 
 
@@ -353,41 +357,41 @@ def test_a_million_names():
 
 def test_load_images_is_the_papers_resize(tmp_path):
     paths = [paint(tmp_path/f"{n}.png", size=(20 + n, 50)) for n in range(70)]
-    images = data.load_images(paths, (32, 16), workers=3)
+    images = load_images(paths, (32, 16), workers=3)
     for row, path in enumerate(paths):
         expected = np.asarray(Image.open(path).convert("RGB").resize((16, 32), Image.BICUBIC)).transpose(2, 0, 1)
         assert_array_equal(images[row], expected)
-    assert images.dtype == np.uint8 and data.load_images([], (4, 2)).shape == (0, 3, 4, 2)
+    assert images.dtype == np.uint8 and load_images([], (4, 2)).shape == (0, 3, 4, 2)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
 def test_modes(tmp_path, mode):
     path = tmp_path/("a.jpg" if mode == "CMYK" else "a.png")
     (Image.new(mode, (8, 16)) if mode == "I;16" else Image.new("RGB", (8, 16), (10, 200, 30)).convert(mode)).save(path)
-    assert data.load_images([path], (16, 8)).shape == (1, 3, 16, 8)
+    assert load_images([path], (16, 8)).shape == (1, 3, 16, 8)
 
 
 def test_image_cache(tmp_path):
     paths = [paint(tmp_path/"set"/f"{n}.jpg") for n in range(3)]
-    first = np.array(data.load_images(paths, (8, 4), cache=tmp_path/"cache"))
-    again = data.load_images(paths, (8, 4), cache=tmp_path/"cache")
+    first = np.array(load_images(paths, (8, 4), cache=tmp_path/"cache"))
+    again = load_images(paths, (8, 4), cache=tmp_path/"cache")
     assert isinstance(again, np.memmap) and not again.flags.writeable and (first == again).all()
-    assert data.load_images(paths, (4, 4), cache=tmp_path/"cache").shape[2] == 4 and len(list((tmp_path/"cache").iterdir())) == 2
+    assert load_images(paths, (4, 4), cache=tmp_path/"cache").shape[2] == 4 and len(list((tmp_path/"cache").iterdir())) == 2
     paint(paths[1], seed=99)
     os.utime(paths[1], (1, 1))
-    assert (data.load_images(paths, (8, 4), cache=tmp_path/"cache")[1] != first[1]).any()  # stale copy not used
+    assert (load_images(paths, (8, 4), cache=tmp_path/"cache")[1] != first[1]).any()  # stale copy not used
     for file in (tmp_path/"cache").iterdir(): file.write_bytes(file.read_bytes()[:100])     # half-written copies not used
-    assert (data.load_images(paths, (8, 4), cache=tmp_path/"cache")[0] == first[0]).all()
+    assert (load_images(paths, (8, 4), cache=tmp_path/"cache")[0] == first[0]).all()
     shutil.copytree(tmp_path/"set", tmp_path/"moved")
-    assert data.files_key([str(p) for p in paths]) == data.files_key([str(tmp_path/"moved"/p.name) for p in paths])
+    assert files_key([str(p) for p in paths]) == files_key([str(tmp_path/"moved"/p.name) for p in paths])
 
 
 def test_cache_is_atomic(tmp_path):
     good, bad = paint(tmp_path/"a.jpg"), tmp_path/"b.jpg"
     bad.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="1 of 2 images cannot be read"): data.load_images([good, bad], (8, 4), cache=tmp_path/"cache")
+    with pytest.raises(ValueError, match="1 of 2 images cannot be read"): load_images([good, bad], (8, 4), cache=tmp_path/"cache")
     assert list((tmp_path/"cache").iterdir()) == []
-    with pytest.raises(ValueError, match="missing.jpg"): data.load_images([good, tmp_path/"missing.jpg"], (8, 4), cache=tmp_path/"cache")
+    with pytest.raises(ValueError, match="missing.jpg"): load_images([good, tmp_path/"missing.jpg"], (8, 4), cache=tmp_path/"cache")
 
 
 def test_unreadable_images_are_named_together(tmp_path):
@@ -399,9 +403,9 @@ def test_unreadable_images_are_named_together(tmp_path):
     (tmp_path/"gone.jpg").symlink_to(tmp_path/"nowhere.jpg")
     (tmp_path/"self.jpg").symlink_to(tmp_path/"self.jpg")
     ds = data.open_dataset("folder", tmp_path)
-    with pytest.raises(ValueError, match="6 of 7 images cannot be read") as error: data.load_images(ds.train["path"], (8, 4))
+    with pytest.raises(ValueError, match="6 of 7 images cannot be read") as error: load_images(ds.train["path"], (8, 4))
     assert all(name in str(error.value) for name in ("half", "empty", "page", "bomb", "gone"))
-    report = data.check(ds)
+    report = check(ds)
     assert len(report.files) == 6 and not report.ok and "images that cannot be read: 6" in report.errors[0]
     assert "decompression bomb" in report.files.set_index("path").loc["bomb.png", "problem"]
 
@@ -419,9 +423,9 @@ def test_show_images(tmp_path):
     import matplotlib
     matplotlib.use("Agg")
     images = np.zeros((5, 3, 8, 4), np.uint8)
-    assert len(data.show_images(images, titles="abcde", ncols=3, frames=["r"] * 5).axes) == 6
-    assert len(data.show_images([paint(tmp_path/"a.jpg")], ncols=1).axes) == 1
-    with pytest.raises(ValueError, match="no image"): data.show_images([])
+    assert len(show_images(images, titles="abcde", ncols=3, frames=["r"] * 5).axes) == 6
+    assert len(show_images([paint(tmp_path/"a.jpg")], ncols=1).axes) == 1
+    with pytest.raises(ValueError, match="no image"): show_images([])
 
 
 # ---------------------------------------------------------------------------------------------- transforms
@@ -434,8 +438,8 @@ def slow(images, draw, compat=False):
         if draw.flip[n]: image = F.horizontal_flip(image)
         image = F.crop(F.pad(image, [draw.pad] * 4), int(draw.top[n]), int(draw.left[n]), *images.shape[2:]) / 255
         b, c, s = draw.factor[n].tolist()
-        image = F.normalize(F.adjust_saturation(F.adjust_contrast(F.adjust_brightness(image, b), c), s), data.MEAN, data.STD)
-        fill = torch.tensor(data.MEAN)[:, None, None] if compat else torch.zeros(3, 1, 1)
+        image = F.normalize(F.adjust_saturation(F.adjust_contrast(F.adjust_brightness(image, b), c), s), MEAN, STD)
+        fill = torch.tensor(MEAN)[:, None, None] if compat else torch.zeros(3, 1, 1)
         out.append(F.erase(image, *draw.box[n].tolist(), fill))
     return torch.stack(out)
 
@@ -444,13 +448,13 @@ def slow(images, draw, compat=False):
 @pytest.mark.parametrize("compat", [False, True])
 def test_augment_equals_torchvision(size, compat):
     images = np.random.default_rng(0).integers(0, 256, (24, 3, *size), dtype=np.uint8)
-    draw = data.draw_augmentation(24, size, torch.Generator().manual_seed(1), jitter=0.3)
-    assert_allclose(data.augment(images, draw, compat), slow(images, draw, compat), atol=2e-5)
-    assert_allclose(data.test_transform(images), F.normalize(torch.as_tensor(images) / 255, data.MEAN, data.STD), atol=1e-6)
+    draw = draw_augmentation(24, size, torch.Generator().manual_seed(1), jitter=0.3)
+    assert_allclose(augment(images, draw, compat), slow(images, draw, compat), atol=2e-5)
+    assert_allclose(pictures.test_transform(images), F.normalize(torch.as_tensor(images) / 255, MEAN, STD), atol=1e-6)
 
 
 def test_draws():
-    draw = data.draw_augmentation(20_000, (256, 128), torch.Generator().manual_seed(0))
+    draw = draw_augmentation(20_000, (256, 128), torch.Generator().manual_seed(0))
     assert abs(draw.flip.float().mean() - .5) < .02 and set(draw.top.tolist()) == set(draw.left.tolist()) == set(range(21))
     on = draw.box[:, 2] > 0
     y, x, h, w = draw.box[on].T
@@ -460,34 +464,34 @@ def test_draws():
 
 
 def test_switches_do_not_disturb_each_other():
-    a = data.draw_augmentation(32, (64, 32), torch.Generator().manual_seed(0))
-    b = data.draw_augmentation(32, (64, 32), torch.Generator().manual_seed(0), erase=0, jitter=.4)
+    a = draw_augmentation(32, (64, 32), torch.Generator().manual_seed(0))
+    b = draw_augmentation(32, (64, 32), torch.Generator().manual_seed(0), erase=0, jitter=.4)
     assert (a.flip == b.flip).all() and (a.top == b.top).all() and (b.box[:, 2:] == 0).all()
     images = torch.zeros(4, 3, 64, 32, dtype=torch.uint8)
     g = torch.Generator().manual_seed(0)
-    first, second = data.train_transform(images + 90, g), data.train_transform(images + 90, g)
+    first, second = train_transform(images + 90, g), train_transform(images + 90, g)
     assert (first != second).any() and first.dtype == torch.float32
-    plain = data.train_transform(images + 90, g, flip=0, pad=0, erase=0)
-    assert_allclose(plain, data.test_transform(images + 90))
+    plain = train_transform(images + 90, g, flip=0, pad=0, erase=0)
+    assert_allclose(plain, pictures.test_transform(images + 90))
 
 
 def test_transform_refuses_other_shapes():
     g = torch.Generator()
     for images in (np.zeros((2, 3, 8, 4), np.float32), np.zeros((3, 8, 4), np.uint8), torch.zeros(2, 8, 4, 3, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="B x 3 x H x W of uint8"): data.test_transform(images)
-    assert data.train_transform(np.zeros((1, 3, 8, 4), np.uint8), g).shape == (1, 3, 8, 4)
+        with pytest.raises(ValueError, match="B x 3 x H x W of uint8"): pictures.test_transform(images)
+    assert train_transform(np.zeros((1, 3, 8, 4), np.uint8), g).shape == (1, 3, 8, 4)
     read_only = np.zeros((2, 3, 8, 4), np.uint8)
     read_only.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        data.test_transform(read_only)
+        pictures.test_transform(read_only)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_same_draws_on_a_gpu():
     images = torch.randint(0, 256, (16, 3, 64, 32), dtype=torch.uint8)
-    one = data.train_transform(images, torch.Generator().manual_seed(3), jitter=.2)
-    two = data.train_transform(images.cuda(), torch.Generator().manual_seed(3), jitter=.2)
+    one = train_transform(images, torch.Generator().manual_seed(3), jitter=.2)
+    two = train_transform(images.cuda(), torch.Generator().manual_seed(3), jitter=.2)
     assert two.is_cuda
     assert_allclose(one, two.cpu(), atol=1e-5)
 
@@ -501,23 +505,23 @@ def take(batches, n): return [next(batches) for _ in range(n)]
 @pytest.mark.parametrize("name, prefer", [("rmgs", True), ("rmgs_nocam", False)])
 def test_released_order_pplr(golden, name, prefer):
     g = golden("pplr_sampler")
-    generators = data.released_generators(json.loads(str(g["args"]))["seed"])
+    generators = released_generators(json.loads(str(g["args"]))["seed"])
     for epoch in (0, 1):
-        assert_array_equal(data.released_order(g["in_pid"], g["in_cam"], 4, generators, prefer), g[f"out_{name}_e{epoch}"])
+        assert_array_equal(released_order(g["in_pid"], g["in_cam"], 4, generators, prefer), g[f"out_{name}_e{epoch}"])
 
 
 def test_released_order_icsr_and_purification(golden):
     g = golden("samplers")
     labels, cams = g["icsr_sampler_items_label"], g["icsr_sampler_items_cam"]
-    assert_array_equal(data.released_order(labels, cams, 4, data.released_generators(11)), g["icsr_sampler_order"])
-    assert_array_equal(data.released_order(labels, cams, 4, data.released_generators(11), False), g["icsr_sampler_order_nocam"])
+    assert_array_equal(released_order(labels, cams, 4, released_generators(11)), g["icsr_sampler_order"])
+    assert_array_equal(released_order(labels, cams, 4, released_generators(11), False), g["icsr_sampler_order_nocam"])
     labels, cams = g["purification_sampler_items_label"], g["purification_sampler_items_cam"]
-    assert_array_equal(data.released_order(labels, cams, 16, data.released_generators(11)), g["purification_sampler_order"])
+    assert_array_equal(released_order(labels, cams, 16, released_generators(11)), g["purification_sampler_order"])
 
 
 def test_compat_batches(golden):
     g = golden("pplr_sampler")
-    batches = data.pk_batches(g["in_pid"], g["in_cam"], batch_size=64, instances=4, rng=11, compat=True)
+    batches = pk_batches(g["in_pid"], g["in_cam"], batch_size=64, instances=4, rng=11, compat=True)
     got = take(batches, 4)
     assert_array_equal(np.concatenate(got[:2]), g["out_rmgs_e0"][:128])  # what is left of a pass is dropped
     assert_array_equal(np.concatenate(got[2:]), g["out_rmgs_e1"][:128])
@@ -526,7 +530,7 @@ def test_compat_batches(golden):
     take(batches, 3)
     assert (torch.get_rng_state() == before[0]).all() and (np.random.get_state()[1] == before[1]).all()
     labels = np.repeat(np.arange(16), 1)
-    with pytest.raises(ValueError, match="StopIteration"): next(data.pk_batches(labels, batch_size=64, instances=4, rng=0, compat=True))
+    with pytest.raises(ValueError, match="StopIteration"): next(pk_batches(labels, batch_size=64, instances=4, rng=0, compat=True))
 
 
 @settings(max_examples=40, deadline=None)
@@ -536,7 +540,7 @@ def test_pk_batches_are_exact(sizes, seed, with_cams, instances):
     labels = np.concatenate([np.repeat(np.arange(len(sizes)), sizes), [-1] * 5])
     labels = rng.permutation(labels)
     cams = rng.integers(0, 3, len(labels)) if with_cams else None
-    batches = take(data.pk_batches(labels, cams, batch_size=3 * instances, instances=instances, rng=seed), 3 * len(sizes))
+    batches = take(pk_batches(labels, cams, batch_size=3 * instances, instances=instances, rng=seed), 3 * len(sizes))
     visits = np.zeros(len(sizes), int)
     for batch in batches:
         groups = batch.reshape(3, instances)
@@ -555,54 +559,54 @@ def test_pk_batches_are_exact(sizes, seed, with_cams, instances):
 
 def test_dealing_covers_everything():
     labels = np.repeat([0, 1, 2, 3], 10)
-    batches = data.pk_batches(labels, batch_size=8, instances=2, rng=0)
+    batches = pk_batches(labels, batch_size=8, instances=2, rng=0)
     assert len(set(np.concatenate(take(batches, 5)).tolist())) == 40  # five visits of 2 images: all 10, none twice
 
 
 def test_cameras_are_ignored_when_asked():
     labels, cams = np.repeat([0, 1], 50), np.tile([0] * 45 + [1] * 5, 2)
     def mixed(prefer):
-        batches = data.pk_batches(labels, cams, batch_size=2, instances=2, rng=0, prefer_other_cameras=prefer)
+        batches = pk_batches(labels, cams, batch_size=2, instances=2, rng=0, prefer_other_cameras=prefer)
         return np.mean([len(set(cams[batch])) > 1 for batch in take(batches, 200)])
 
     assert mixed(True) == 1 and mixed(False) < .5
 
 
 def test_sampler_errors():
-    with pytest.raises(ValueError, match="2 clusters, but a batch of 64 is 16 clusters x 4"): data.pk_batches([0, 0, 1, -1], rng=0)
-    with pytest.raises(ValueError, match="not a multiple"): data.pk_batches([0, 1], batch_size=10, instances=4, rng=0)
-    with pytest.raises(ValueError, match="one per image"): data.pk_batches([0, 1], [0], batch_size=2, instances=1, rng=0)
-    with pytest.raises(ValueError, match="one number per image"): data.pk_batches([[0, 1]], batch_size=2, instances=1, rng=0)
-    with pytest.raises(ValueError, match="0 clusters"): data.pk_batches([-1, -1], batch_size=2, instances=1, rng=0)
-    with pytest.raises(ValueError, match="2 labelled images"): data.group_batches([0, 0, -1], rng=0)
+    with pytest.raises(ValueError, match="2 clusters, but a batch of 64 is 16 clusters x 4"): pk_batches([0, 0, 1, -1], rng=0)
+    with pytest.raises(ValueError, match="not a multiple"): pk_batches([0, 1], batch_size=10, instances=4, rng=0)
+    with pytest.raises(ValueError, match="one per image"): pk_batches([0, 1], [0], batch_size=2, instances=1, rng=0)
+    with pytest.raises(ValueError, match="one number per image"): pk_batches([[0, 1]], batch_size=2, instances=1, rng=0)
+    with pytest.raises(ValueError, match="0 clusters"): pk_batches([-1, -1], batch_size=2, instances=1, rng=0)
+    with pytest.raises(ValueError, match="2 labelled images"): group_batches([0, 0, -1], rng=0)
 
 
 def test_same_seed_same_batches():
     labels = np.random.default_rng(0).integers(-1, 20, 300)
     for compat in (False, True):
-        make = lambda: data.pk_batches(labels, batch_size=16, instances=4, rng=np.random.default_rng(5), compat=compat)
+        make = lambda: pk_batches(labels, batch_size=16, instances=4, rng=np.random.default_rng(5), compat=compat)
         one, two = take(make(), 9), take(make(), 9)
         assert_array_equal(one, two)
 
 
 def test_shard():
     labels = np.repeat(np.arange(20), 6)
-    make = lambda: data.pk_batches(labels, batch_size=16, instances=4, rng=3)
+    make = lambda: pk_batches(labels, batch_size=16, instances=4, rng=3)
     whole = take(make(), 5)
-    parts = [take(data.shard(make(), rank, 4), 5) for rank in range(4)]
+    parts = [take(shard(make(), rank, 4), 5) for rank in range(4)]
     assert_array_equal(np.concatenate(parts, 1), whole)
     assert all(len(set(labels[p])) == 1 for part in parts for p in part)
-    with pytest.raises(ValueError, match="rank 4 of 4"): next(data.shard(make(), 4, 4))
-    with pytest.raises(ValueError, match="evenly"): next(data.shard(make(), 0, 3))
+    with pytest.raises(ValueError, match="rank 4 of 4"): next(shard(make(), 4, 4))
+    with pytest.raises(ValueError, match="evenly"): next(shard(make(), 0, 3))
 
 
 def test_group_batches():
     labels = np.array([0] * 10 + [1] * 7 + [2, 3, -1, -1])
-    batches = data.group_batches(labels, batch_size=5, group=4, rng=0)
+    batches = group_batches(labels, batch_size=5, group=4, rng=0)
     one_pass = take(batches, 3)
     drawn = np.concatenate(one_pass)
     assert len(set(drawn)) == 15 and (labels[drawn] >= 0).all()
-    big = next(data.group_batches(np.repeat([0, 1], 32), batch_size=32, group=32, rng=0))
+    big = next(group_batches(np.repeat([0, 1], 32), batch_size=32, group=32, rng=0))
     assert len(set(np.repeat([0, 1], 32)[big])) == 1  # a whole cluster stays together
 
 
@@ -616,7 +620,7 @@ def small_official(monkeypatch, **counts):
 def test_check_passes_a_complete_set(tmp_path, monkeypatch):
     market(tmp_path/"market1501")
     small_official(monkeypatch, train=(6, 3), query=(2, 2), gallery=(3, 3))
-    report = data.check(data.open_dataset("market1501", tmp_path), workers=2, progress=False)
+    report = check(data.open_dataset("market1501", tmp_path), workers=2, progress=False)
     assert report.ok and not report.warnings, str(report)
     assert report.table.loc["train", "official images"] == 6 and "ready" in str(report) and "| train | 6 |" in report._repr_markdown_()
     assert json.loads(report.to_json())["ok"] is True
@@ -624,11 +628,11 @@ def test_check_passes_a_complete_set(tmp_path, monkeypatch):
 
 def test_check_counts(tmp_path, monkeypatch):
     market(tmp_path/"market1501")
-    report = data.check(data.open_dataset("market1501", tmp_path))
+    report = check(data.open_dataset("market1501", tmp_path))
     assert "train: images 6, 12,936 expected" in report.errors and "gallery: ids 3, 751 expected" in report.errors
     twin = data.LAYOUTS["veri776"]._replace(official=dict(train=(6, 3), query=(2, 2), gallery=(3, 3)))
     monkeypatch.setitem(data.LAYOUTS, "veri776", twin)
-    assert any("counts are those of veri776" in e for e in data.check(data.open_dataset("market1501", tmp_path)).errors)
+    assert any("counts are those of veri776" in e for e in check(data.open_dataset("market1501", tmp_path)).errors)
 
 
 def test_check_copies(tmp_path, monkeypatch):
@@ -636,20 +640,20 @@ def test_check_copies(tmp_path, monkeypatch):
     shutil.copy(root/"query"/"0005_c1s1_000001_00.jpg", root/"bounding_box_train"/"0050_c1s1_000001_00.jpg")
     shutil.copy(root/"query"/"0009_c2s1_000001_00.jpg", root/"bounding_box_test"/"0009_c2s1_000009_00.jpg")  # same id, same camera
     shutil.copy(root/BOXES[0]/"0002_c1s1_000001_00.jpg", root/BOXES[0]/"0002_c1s1_000002_00.jpg")
-    report = data.check(data.open_dataset("market1501", tmp_path))
+    report = check(data.open_dataset("market1501", tmp_path))
     assert any("train and test" in e for e in report.errors) and any("left out by the evaluation" in w for w in report.warnings)
     assert any("one split" in w for w in report.warnings) and len(report.files) == 6
     shutil.copy(root/"query"/"0009_c2s1_000001_00.jpg", root/"bounding_box_test"/"0009_c6s1_000009_00.jpg")  # same id, another camera
-    assert any("another camera" in e for e in data.check(data.open_dataset("market1501", tmp_path)).errors)
+    assert any("another camera" in e for e in check(data.open_dataset("market1501", tmp_path)).errors)
     shutil.copy(root/BOXES[0]/"0002_c1s1_000001_00.jpg", root/BOXES[0]/"0007_c1s1_000002_00.jpg")
-    assert any("two ids" in w for w in data.check(data.open_dataset("market1501", tmp_path)).warnings)
+    assert any("two ids" in w for w in check(data.open_dataset("market1501", tmp_path)).warnings)
 
 
 def test_check_listed_twice_missing_and_lonely(tmp_path):
     for name in "abc": paint(tmp_path/f"{name}.jpg")
     rows = ["path,pid,cam,split", "a.jpg,1,1,train", "b.jpg,2,1,query", "b.jpg,2,1,gallery", "gone.jpg,1,1,train", "c.jpg,3,1,train"]
     (tmp_path/"set.csv").write_text("\n".join(rows))
-    report = data.check(data.open_dataset("csv", tmp_path))
+    report = check(data.open_dataset("csv", tmp_path))
     assert any("listed twice" in e for e in report.errors) and any("No such file" in e for e in report.errors)
     assert any("one camera only" in w for w in report.warnings) and any("single image: 1" in w for w in report.warnings)
     assert any("1 of 1 have no gallery image" in e for e in report.errors)
@@ -657,18 +661,18 @@ def test_check_listed_twice_missing_and_lonely(tmp_path):
 
 def test_check_unlabelled(tmp_path):
     paint(tmp_path/"a.jpg", size=(6, 12))
-    report = data.check(data.open_dataset("folder", tmp_path))
+    report = check(data.open_dataset("folder", tmp_path))
     assert report.ok and any("ids are unknown" in w for w in report.warnings)
     assert any("plain identity sampling" in w for w in report.warnings)
     assert any("lower than 16 pixels" in w for w in report.warnings) and "-" in str(report)
     empty = data.Dataset("none", tmp_path, *(data.make_table("", []) for _ in range(3)))
-    assert "train: no images" in data.check(empty).errors
+    assert "train: no images" in check(empty).errors
 
 
 def test_answerable():
     query = pd.DataFrame(dict(pid=[1, 1, 2, 3], cam=[0, 1, 0, 0]))
     gallery = pd.DataFrame(dict(pid=[1, 2, 2, 4], cam=[0, 0, 0, 1]))
-    assert data.answerable(query, gallery).tolist() == [False, True, False, False]
+    assert answerable(query, gallery).tolist() == [False, True, False, False]
 
 
 def chunk(kind, body):
@@ -690,20 +694,20 @@ def test_sixteen_bits_keep_the_upper_eight(tmp_path, colour_type, channels):
     if channels in (2, 4): values[..., -1] = 65535  # opaque
     path = png16(tmp_path / "deep.png", values, colour_type)
     want = (values >> 8)[..., :3 if channels > 2 else 1].repeat(3 if channels < 3 else 1, axis=2)
-    assert_array_equal(np.asarray(data.open_image(path)), want)
-    assert_array_equal(data.load_images([path], (6, 4))[0].transpose(1, 2, 0), want)
-    assert data.inspect_file(path).kinds == ("16 bits",)
+    assert_array_equal(np.asarray(open_image(path)), want)
+    assert_array_equal(load_images([path], (6, 4))[0].transpose(1, 2, 0), want)
+    assert inspect_file(path).kinds == ("16 bits",)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_turned_as_exif_says(tmp_path, suffix, turn):
     image, exif = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 32, 3), dtype=np.uint8)), Image.Exif()
-    exif[data.ORIENTATION] = turn
+    exif[ORIENTATION] = turn
     image.save(path := tmp_path / f"turned{suffix}", exif=exif)
     with Image.open(path) as opened: want = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-    assert_array_equal(np.asarray(data.open_image(path)), want)
-    found = data.inspect_file(path)
+    assert_array_equal(np.asarray(open_image(path)), want)
+    found = inspect_file(path)
     assert found.size == want.shape[1::-1] and found.kinds == ("turned",) * (turn > 1) and not found.problem
 
 
@@ -719,9 +723,9 @@ def test_transparent_becomes_black(tmp_path, mode):
         image.save(path, transparency=0)
     elif mode == "L key": Image.fromarray(np.where(alpha, 200, 7).astype(np.uint8)).save(path, transparency=7)
     else: Image.fromarray(np.dstack([grey] * (len(mode) - 1) + [alpha]), mode).save(path)
-    got = np.asarray(data.open_image(path))
+    got = np.asarray(open_image(path))
     assert (got[:, :4] == 0).all() and (got[:, 4:] == 200).all()
-    assert data.inspect_file(path).kinds == ("transparent",)
+    assert inspect_file(path).kinds == ("transparent",)
 
 
 def test_broken_exif_and_cmyk_are_read(tmp_path):
@@ -730,24 +734,24 @@ def test_broken_exif_and_cmyk_are_read(tmp_path):
     image.convert("CMYK").save(tmp_path / "cmyk.jpg")
     for name in ("exif", "cmyk"):
         path = tmp_path / f"{name}.jpg"
-        assert np.abs(np.asarray(data.open_image(path)).astype(int) - (10, 200, 30)).max() < 12
-        assert data.inspect_file(path)[1:] == ("", (8, 16), ())
+        assert np.abs(np.asarray(open_image(path)).astype(int) - (10, 200, 30)).max() < 12
+        assert inspect_file(path)[1:] == ("", (8, 16), ())
 
 
 def test_32_bits_have_no_scale(tmp_path):
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "a.tif")
     path = (tmp_path / "a.tif").rename(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="no agreed scale"): data.open_image(path)
-    assert "no agreed scale" in data.inspect_file(path).problem
+    with pytest.raises(ValueError, match="no agreed scale"): open_image(path)
+    assert "no agreed scale" in inspect_file(path).problem
 
 
 def test_check_counts_unusual_images(tmp_path):
     folder, exif = tmp_path / "own", Image.Exif()
     for i in range(4): paint(folder / f"{i}.png")
-    exif[data.ORIENTATION] = 6
+    exif[ORIENTATION] = 6
     Image.new("RGB", (20, 40)).save(folder / "turned.jpg", exif=exif)
     png16(folder / "deep.png", np.full((20, 20, 4), 30000), 6)
-    warnings = "\n".join(data.check(data.open_dataset("folder", folder), progress=False).warnings)
+    warnings = "\n".join(check(data.open_dataset("folder", folder), progress=False).warnings)
     assert "images of 16 bits per value (the upper 8 are used): 1, first deep.png" in warnings
     assert "images turned as their Exif says: 1, first turned.jpg" in warnings
     assert "images with transparent pixels (they become black): 1, first deep.png" in warnings
@@ -755,9 +759,9 @@ def test_check_counts_unusual_images(tmp_path):
 
 def test_copies_of_another_decoding_are_not_used(tmp_path, monkeypatch):
     path = paint(tmp_path / "a.png")
-    now = data.files_key([str(path)])
-    monkeypatch.setattr(data, "DECODED", "as it was")
-    assert data.files_key([str(path)]) != now
+    now = files_key([str(path)])
+    monkeypatch.setattr("reidbook.images.DECODED", "as it was")
+    assert files_key([str(path)]) != now
 
 
 def test_temporary_names_are_unpredictable_and_follow_no_link(tmp_path, monkeypatch):
@@ -784,10 +788,10 @@ def test_the_sweep_leaves_pipes_and_folders_of_such_names(tmp_path):
 def write_slowly(paths, cache, ready):
     "A child that decodes into the cache, and is never done."
     import time
-    from reidbook import data
+    from reidbook import images
     def decode(*args): ready.set(); time.sleep(60)
-    data.decode_into = decode
-    data.load_images(paths, (8, 4), cache=cache)
+    images.decode_into = decode
+    images.load_images(paths, (8, 4), cache=cache)
 
 
 def test_a_killed_process_leaves_no_half_image_cache(tmp_path):
@@ -799,9 +803,18 @@ def test_a_killed_process_leaves_no_half_image_cache(tmp_path):
     child = context.Process(target=write_slowly, args=(paths, cache, ready))
     child.start()
     assert ready.wait(60)
-    data.load_images(paths, (4, 4), cache=cache)
+    load_images(paths, (4, 4), cache=cache)
     assert sorted(p.suffix for p in cache.iterdir()) == [".npy", ".tmp"]  # it is still writing
     child.kill(), child.join()
     assert len(list(cache.iterdir())) == 2
-    data.load_images(paths, (4, 4), cache=cache)
+    load_images(paths, (4, 4), cache=cache)
     assert [p.suffix for p in cache.iterdir()] == [".npy"]
+
+
+def test_moved_names_answer_with_a_warning():
+    assert {m for m in data._MOVED} == {"images", "sampling", "checks"}
+    for module, names in data._MOVED.items():
+        for name in names:
+            with pytest.warns(DeprecationWarning, match=f"data.{name} is {module}.{name} now"): it = getattr(data, name)
+            assert it is getattr(importlib.import_module(f"reidbook.{module}"), name)
+    with pytest.raises(AttributeError, match="no attribute 'load_imags'"): data.load_imags

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from reidbook import synthetic
-from reidbook.data import column, load_images, open_dataset
+from reidbook.data import column, open_dataset
+from reidbook.images import load_images
 from reidbook.evaluation import evaluate
 from reidbook.synthetic import CLOTHES, FOLDERS, PRESETS, histogram_features, identity, is_lookalike, make, pixel_features, render
 

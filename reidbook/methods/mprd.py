@@ -18,7 +18,7 @@ from torch import nn
 import torch.nn.functional as F
 from .. import training
 from ..clustering import dbscan
-from ..data import train_transform
+from ..images import train_transform
 from ..memory import ClusterMemory, mean_update, on_device, prototypes
 from ..models import extract_features
 from ..neighbors import as_ids

@@ -11,7 +11,8 @@ import torch
 
 from reidbook import clustering, evaluation, neighbors, runs, training
 from reidbook.bench import seeded_features
-from reidbook.data import open_dataset, train_transform
+from reidbook.data import open_dataset
+from reidbook.images import train_transform
 from reidbook.models import create_model, extract_features
 
 DEVICE = os.environ.get("REIDBOOK_GPU_TRUTHS", "cuda")
