@@ -144,7 +144,7 @@ def pairs_together(*groupings) -> int:  # each N whole numbers
     count = np.unique(np.stack(groupings), axis=1, return_counts=True)[1]
     return int((count * (count - 1) // 2).sum())
 
-def changed_pairs(before, after, pids) -> tuple:
+def changed_pairs(before, after, pids) -> int:
     "Pairs on which `after` agrees with the truth and `before` does not."
     all_three = pairs_together(before, after, pids)
     apart = (pairs_together(before) - pairs_together(before, pids)
