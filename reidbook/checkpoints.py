@@ -207,8 +207,8 @@ def stage(t,      # the training state, in `Method.prepare`
 
 def stage_folder(t, name, needs) -> Path:
     "Where a stage's result is kept: its name, and a hash of everything it depends on."
-    key = {"stage": name, "dataset": t.dataset.name, "seed": t.seed, "needs": needs, **t.identity}
-    key = json.dumps(key, sort_keys=True, default=str)
+    needs = {"stage": name, "dataset": t.dataset.name, "seed": t.seed, "needs": needs, **t.identity}
+    key = json.dumps(needs, sort_keys=True, default=str)
     return t.store / f"{name}-{hashlib.sha1(key.encode()).hexdigest()[:10]}"
 
 # %% ../nbs/08d_checkpoints.ipynb #09b2c0de

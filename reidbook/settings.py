@@ -187,7 +187,7 @@ def defaults(settings) -> dict:
     return {k: v.default if isinstance(v, Setting) else v for k, v in settings.items()}
 
 # %% ../nbs/08c_settings.ipynb #c08c0008
-def plug_class(name) -> type:
+def plug_class(name) -> type[Owner]:
     """The plug of that name; for the empty name, an owner of no settings.
     ValueError when there is none."""
     if not name: return Owner

@@ -24,7 +24,6 @@ from typing import NamedTuple, TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
 
 from . import parallel
 from reidbook.checkpoints import (
@@ -36,7 +35,7 @@ from .images import load_images, train_transform
 from .sampling import pk_batches
 from .evaluation import evaluate
 from reidbook.models import (
-    create_model, extract_features, Features, load_state, pick_device,
+    create_model, extract_features, Features, load_state, pick_device, ReIDModel,
 )
 from .neighbors import jaccard_similarity
 from .noise import label_quality
@@ -109,7 +108,7 @@ class Plug(Owner):
     def load_state(self, t: "State", state: dict): "The inverse of `state`."
 
 # %% ../nbs/09_training.ipynb #0021abcd
-def find_plug(name) -> type:
+def find_plug(name):
     "The `Plug` class of that name; the empty name is the plug that does nothing."
     return plug_class(name) if name else Plug
 
@@ -160,7 +159,7 @@ class State(Fields):
     cams: np.ndarray | None = None  # start: N cameras, int64, from 0; None: unknown
     pids: np.ndarray | None = None  # start: N true identities, int64; None: unknown
     source: dict | None = None      # start: weights from the stage before the run; None: no stage
-    model: nn.Module = field(init=False)  # fresh_network: the network, on the device
+    model: ReIDModel = field(init=False)  # fresh_network: the network, on the device
     weights: str = field(init=False)      # fresh_network: where its weights come from, in words
     optimizer: torch.optim.Optimizer = field(init=False)  # fresh_network: of what is trained
     epoch: int = 0                    # one_epoch: how many are done; the number of this one from 0

@@ -198,7 +198,8 @@ def train_camera(t,         # the run's state
         one = training.start(data, CameraStage, settings, t.seed, folder, device,
                              images=t.images[rows])
     for _ in training.epochs(one): pass
-    return {"labels": torch.from_numpy(one.method.best), "silhouettes": one.method.silhouettes}
+    found: CameraStage = one.method
+    return {"labels": torch.from_numpy(found.best), "silhouettes": found.silhouettes}
 
 # %% ../../nbs/12_methods.icsr.ipynb #0075abcd
 def devices(device) -> list:
