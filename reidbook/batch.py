@@ -24,8 +24,9 @@ from types import SimpleNamespace
 import torch
 import yaml
 
-from . import runs, training
+from . import checkpoints, runs
 from .parallel import check, leashed
+from .settings import is_a
 
 # %% ../nbs/20b_batch.ipynb #0006abcd
 def grid(datasets, methods, seeds=(1,), settings=None) -> list:
@@ -45,7 +46,7 @@ def read_block(block, file) -> list:
              for k in BLOCK[:3] if k in block}
     for name, values in lists.items():
         kind, words = (int, "whole numbers") if name == "seeds" else (str, "names")
-        if not values or not all(training.is_a(kind, v) for v in values):
+        if not values or not all(is_a(kind, v) for v in values):
             raise wrong({name: block[name]}, f"one or more {words}")
     settings = block.get("settings") or {}
     if not isinstance(settings, dict) or not all(isinstance(k, str) for k in settings):
@@ -178,7 +179,7 @@ def stop_run(child, out):
     child.stdin.close()
     child.wait()
     until = time.monotonic() + 20
-    while training.in_use(out) and time.monotonic() < until: time.sleep(0.2)
+    while checkpoints.in_use(out) and time.monotonic() < until: time.sleep(0.2)
 
 # %% ../nbs/20b_batch.ipynb #0046abcd
 def gpu_places(gpus,     # how many there are
@@ -273,7 +274,7 @@ def submit(batch, client,
 def ended(run, future) -> bool:
     "Has it ended? What has become of it is written into its state."
     if future.status == "pending":
-        run.state = "running" if training.in_use(run.out, "notebook") else "waiting"
+        run.state = "running" if checkpoints.in_use(run.out, "notebook") else "waiting"
         return False
     if future.status == "finished": outcome(run, future.result())
     else:
@@ -287,7 +288,7 @@ def call_back(left, client, stop):
     stop.touch()
     client.cancel([future for _, future in left.values()])
     for run, _ in left.values():
-        while training.in_use(run.out, "notebook"): time.sleep(0.2)
+        while checkpoints.in_use(run.out, "notebook"): time.sleep(0.2)
         run.state = "waiting"
     stop.unlink()
 
@@ -358,7 +359,7 @@ def run_batch(wanted,           # list from `grid` or `read_grid`
               cluster=None,     # local, slurm or pbs: a Dask cluster of `jobs` workers
               show=None) -> list:  # the runs, with their states
     "Run a batch where it should run; RuntimeError names the runs that failed."
-    if jobs is not None and (not training.is_a(int, jobs) or jobs < 1):
+    if jobs is not None and (not is_a(int, jobs) or jobs < 1):
         raise ValueError(f"jobs={jobs!r}: expected a whole number from 1")
     batch, show = plan_batch(wanted, root, device, processes), show or live()
     if scheduler or cluster:

@@ -13,7 +13,7 @@ import sys
 # %% ../nbs/25_cli.ipynb #0012abcd
 def given_settings(args) -> dict:
     "All settings in a command: those of `-p`, and the ones with a word of their own."
-    from reidbook.training import parse_settings
+    from reidbook.settings import parse_settings
     settings = parse_settings(args.param)
     own = {k: getattr(args, k) for k in ("weights", "source", "teacher") if getattr(args, k)}
     if args.eval_only: own["epochs"] = 0
@@ -25,13 +25,13 @@ def given_settings(args) -> dict:
 
 # %% ../nbs/25_cli.ipynb #0041abcd
 def __getattr__(name):
-    "Names that moved to `training`."
+    "Names that moved to `settings`."
     if name not in ("parse_value", "parse_settings"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import warnings
-    from reidbook import training
-    warnings.warn(f"cli.{name} is training.{name} now", DeprecationWarning, stacklevel=2)
-    return getattr(training, name)
+    from reidbook import settings
+    warnings.warn(f"cli.{name} is settings.{name} now", DeprecationWarning, stacklevel=2)
+    return getattr(settings, name)
 
 # %% ../nbs/25_cli.ipynb #0014abcd
 def run(args):
@@ -46,9 +46,10 @@ def run(args):
 # %% ../nbs/25_cli.ipynb #0032bbcd
 def settings_text(args) -> str:
     "All settings of a run as a table."
-    from reidbook import runs, training
+    from reidbook import runs
+    from reidbook.settings import resolve, settings_rows
     method = runs.get_method(args.method or "baseline")
-    rows = training.settings_rows(training.resolve(method, args.dataset, **given_settings(args)))
+    rows = settings_rows(resolve(method, args.dataset, **given_settings(args)))
     columns = ("name", "value", "from", "allowed", "unit", "meaning")
     lines = [columns, *([str(row[c]) for c in columns] for row in rows)]
     wide = [max(len(line[i]) for line in lines) for i in range(len(columns) - 1)] + [0]
@@ -58,14 +59,15 @@ def settings_text(args) -> str:
 def batch(args):
     """The grid datasets x methods x seeds, each run in a process of its own; exit code 1 when any
     run failed."""
-    from reidbook import batch as module, training
+    from reidbook import batch as module
+    from reidbook.settings import parse_settings
     if bool(args.file) == bool(args.datasets and args.methods):
         raise ValueError("a batch is either --file FILE or --datasets A,B --methods X,Y")
     if args.scheduler and args.cluster:
         raise ValueError("--scheduler and --cluster: give one of them")
     if args.file: wanted = module.read_grid(args.file)
     else: wanted = module.grid(args.datasets.split(","), args.methods.split(","), args.seeds)
-    for w in wanted: w["settings"] |= training.parse_settings(args.param)
+    for w in wanted: w["settings"] |= parse_settings(args.param)
     module.run_batch(wanted, args.root, args.device, args.jobs, args.processes,
                      args.scheduler, args.cluster)
 

@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from . import training
 from .clustering import dbscan
 from .damage import DAMAGES, alone, damage, mean_features, repair_effect
-from .data import column, load_images, open_dataset
+from .data import column, open_dataset
+from .images import load_images
 from .methods import baseline, glc, icsr, mprd, pplr, purification
 from .models import create_model, extract_features, load_state
 from .neighbors import jaccard_similarity, knn

@@ -38,10 +38,11 @@ import yaml
 import reidbook
 import reidbook.methods
 from . import adaptation  # noqa: F401 (it registers the stage that `source` asks for)
-from . import parallel, training
+from . import checkpoints, parallel, training
 from .data import column, data_root, dataset_digest, open_dataset
 from .images import load_images
 from .models import read_state
+from .settings import is_a, LARGEST
 
 # %% ../nbs/20_runs.ipynb #0007abcd
 def method_names() -> list:
@@ -109,8 +110,8 @@ def describe(dataset,     # name for `open_dataset`
              settings=None,  # dict of settings that differ from the defaults
              ):           # namespace: dataset, method, settings, parameters, run_id, name
     "Check everything that can be checked before a run starts, and name the run."
-    if not training.is_a(int, seed) or seed < 0:
-        raise ValueError(f"seed {seed!r:.80}: expected a whole number from 0 to {training.LARGEST}")
+    if not is_a(int, seed) or seed < 0:
+        raise ValueError(f"seed {seed!r:.80}: expected a whole number from 0 to {LARGEST}")
     has_gpu = torch.cuda.is_available()
     if device not in ("auto", "cpu") and not (device.startswith("cuda") and has_gpu):
         more = " or cuda" if has_gpu else "; this machine has no GPU that torch can see"
@@ -164,7 +165,7 @@ def runs_dir() -> Path:
 # %% ../nbs/20_runs.ipynb #0028abcd
 def write_json(path, blob):
     "A whole file or the old one."
-    training.write_whole(path, (json.dumps(blob, indent=1, default=str) + "\n").encode())
+    checkpoints.write_whole(path, (json.dumps(blob, indent=1, default=str) + "\n").encode())
 
 # %% ../nbs/20_runs.ipynb #0030abcd
 def processor() -> str:
@@ -204,11 +205,11 @@ def begin(dataset, method, seed=1, root=None, device="auto", out=None, settings=
           processes=1,  # that share the work, one per GPU; results are the same up to rounding
           ):
     "Open a run: checked, named, its folder locked, its manifest `running`, its state ready."
-    began = training.clock()
+    began = checkpoints.clock()
     run = describe(dataset, method, seed, root, device, settings)
     parallel.check(processes, run.settings, device)
     run.out = Path(out) if out else runs_dir() / run.name
-    training.hold(run.out, patience=20)
+    checkpoints.hold(run.out, patience=20)
     run.manifest = first_manifest(run, settings or {}, processes)
     write_json(run.out / "manifest.json", run.manifest)
     if processes > 1:
@@ -276,7 +277,7 @@ def finish(run,          # from `begin`
                      "eval_only": not history, "seconds": time["wall"], "time": time,
                      **peak_memory(), **more, "finished": now(), "status": "done"}
     write_json(run.out / "manifest.json", run.manifest)
-    training.release(run.out)
+    checkpoints.release(run.out)
     return run.manifest
 
 def peak_memory() -> dict:
@@ -293,7 +294,7 @@ def time_spent(run) -> dict:
     before = sum(os.times()[2:4])
     parallel.part()
     others = np.array([0, sum(os.times()[2:4]) - before])
-    whole = np.round(t.earlier + training.clock() - t.began, 2)
+    whole = np.round(t.earlier + checkpoints.clock() - t.began, 2)
     parts = {part: np.round(spent, 2) for part, spent in t.time.items()}
     if processes > 1: parts["other processes"] = np.round(others, 2)
     parts["rest"] = whole - sum(parts.values())
@@ -435,17 +436,19 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{template.name} has no parameter {', '.join(unknown)}: "
                          f"its parameters cell names {', '.join(sorted(known))}")
-    training.hold(out, "notebook")
+    checkpoints.hold(out, "notebook")
     try:
-        training.hold(out, patience=20)  # a kernel whose parent was killed takes a second to notice
-        training.release(out)
+        # a kernel whose parent was killed takes a second to notice
+        checkpoints.hold(out, patience=20)
+        checkpoints.release(out)
         if again: forget(out)
         with absolute_folders(): return _execute(template, out, values)
-    finally: training.release(out, "notebook")
+    finally: checkpoints.release(out, "notebook")
 
 def forget(out):
     "Remove what an earlier start of a run left in its folder."
-    for name in (*training.CHECKPOINTS, "metrics.jsonl", "free.json", "manifest.json", "run.ipynb"):
+    written = "metrics.jsonl", "free.json", "manifest.json", "run.ipynb"
+    for name in (*checkpoints.CHECKPOINTS, *written):
         (out / name).unlink(missing_ok=True)
 
 # %% ../nbs/20_runs.ipynb #0051abcd
@@ -496,7 +499,7 @@ def publish(source, target, manifest):
         if c.cell_type == "code": c.execution_count, c.outputs = None, uncounted(c.outputs)
     python = {"display_name": "python3", "language": "python", "name": "python3"}
     nb.metadata = {"kernelspec": python}
-    training.write_whole(target, (nbformat.writes(nb).rstrip("\n") + "\n").encode())
+    checkpoints.write_whole(target, (nbformat.writes(nb).rstrip("\n") + "\n").encode())
 
 def front_matter(m) -> dict:
     "What the lists of the site show of a run, from its manifest."
@@ -547,7 +550,7 @@ def run_status(folder) -> tuple:
     if m["status"] == "failed":
         return "failed", m["error"] if isinstance(m.get("error"), str) else ""
     if m["status"] == "running":
-        if training.in_use(folder): return "running", ""
+        if checkpoints.in_use(folder): return "running", ""
         return "interrupted", "start it again to go on"
     missing = [k for k, kind in NEEDED.items() if not isinstance(m.get(k), kind)]
     if missing: return "damaged", f"manifest has no {', '.join(missing)}, or of another kind"

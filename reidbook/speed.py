@@ -25,6 +25,7 @@ from .images import MEAN, STD
 from .sampling import pk_batches
 from .methods.baseline import Baseline
 from .models import Features, create_model, pick_device
+from .settings import parse_settings
 
 # %% ../nbs/19b_speed.ipynb #0009abcd
 def plain_transform(settings):
@@ -159,6 +160,6 @@ def bench_parser():
 def main(words=None):
     "`reidbook bench train`."
     args = bench_parser().parse_args(words)
-    settings = training.parse_settings(args.param)
+    settings = parse_settings(args.param)
     row = bench_train(args.dataset, args.device, args.batches, args.workers, **settings)
     for k, v in row.items(): print(f"{k:10s}{v:.2f}" if isinstance(v, float) else f"{k:10s}{v}")

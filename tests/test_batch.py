@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reidbook import batch, runs, training
+from reidbook import batch, checkpoints, runs
 from reidbook.cli import main
 
 project = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ def test_a_batch_interrupted_and_started_again_is_complete(folder, root, tmp_pat
     def impatient(_):
         if lines(good.out): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): batch.run_local(planned, batch.slots(2, device="cpu"), impatient, pause=0.1)
-    assert runs.run_status(good.out) == ("interrupted", "start it again to go on") and not training.in_use(good.out, "notebook")
+    assert runs.run_status(good.out) == ("interrupted", "start it again to go on") and not checkpoints.in_use(good.out, "notebook")
     assert "interrupted" in runs.ledger().attrs["damaged"][good.name]
 
     assert main(["batch", "--file", str(file), "--root", str(root), "--device", "cpu", "--jobs", "2"]) == 1
@@ -102,7 +102,7 @@ def test_the_same_run_twice_is_one_run(root):
 
 
 def test_settings_travel_through_the_command_line(root):
-    from reidbook.training import parse_settings
+    from reidbook.settings import parse_settings
     settings = {"lr": 1e-05, "prefer_other_cameras": False, "start": "histogram", "epochs": 2}
     [run] = batch.plan_batch(batch.grid(["synthetic-tiny"], ["baseline"], settings=settings), root, "cpu")
     assert parse_settings([b for a, b in zip(run.words, run.words[1:]) if a == "-p"]) == settings

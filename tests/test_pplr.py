@@ -172,12 +172,12 @@ def steps(tiny, n, epoch=0, **given):
             self.classifiers.data = self.classifiers.data.double()
         def loss(self, t, batch):
             batch.images = batch.images.double()
-            if not seen: t.before = copy.deepcopy(t.model.state_dict()), self.classifiers.detach().clone()
+            if not seen: self.before = copy.deepcopy(t.model.state_dict()), self.classifiers.detach().clone()
             terms = super().loss(t, batch)
             seen.append((batch, {k: v.item() for k, v in terms.items()}))
             return terms
         def end_epoch(self, t):
-            t.after = self.classifiers.detach().clone()
+            self.after = self.classifiers.detach().clone()
             super().end_epoch(t)
     settings = training.resolve(Recorder, "synthetic-tiny", epochs=epoch + 1, iterations=n, **given)
     t = training.start(tiny, Recorder, settings, seed=3, device="cpu")
@@ -192,7 +192,7 @@ def steps(tiny, n, epoch=0, **given):
 def replay(t, seen, groups, camera):
     """The same steps from the equations, without this book's models, losses or optimiser: necks, classifiers, refinement, triplet and Adam
     by hand on top of the backbone; returns losses, and the parameters after the last step."""
-    state, table = t.before
+    state, table = t.method.before
     s, method = t.settings, t.method
     fresh = ReIDModel(s.backbone, s.pooling, s.parts, s.bn_group_size).double()
     fresh.load_state_dict(state)
@@ -255,8 +255,8 @@ def test_training_steps_in_float64(tiny, epoch, camera):
         for k in got: assert_allclose(got[k], want[k], rtol=2e-7, err_msg=k)
     ours = [*t.model.backbone.parameters(), *(n.weight for n in t.model.necks)]
     for a, b in zip(ours, params): assert_allclose(a.detach(), b.detach(), rtol=1e-5, atol=1e-7)
-    moved = (t.after - t.before[1]).abs().max()
-    assert_allclose(t.after, params[-1].detach(), atol=1e-5 * float(moved) + 2e-7)
+    moved = (t.method.after - t.method.before[1]).abs().max()
+    assert_allclose(t.method.after, params[-1].detach(), atol=1e-5 * float(moved) + 2e-7)
     assert moved > 1e-4
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from reidbook import training
+from reidbook import checkpoints, training
 from reidbook.data import open_dataset
 from reidbook.methods.baseline import Baseline
 
@@ -121,7 +121,7 @@ def flip_a_byte(path):
 
 
 def test_two_damaged_checkpoints_are_named(root, tmp_path):
-    for name in training.CHECKPOINTS: (tmp_path / name).write_bytes(b"nothing")
+    for name in checkpoints.CHECKPOINTS: (tmp_path / name).write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"checkpoint.pt is damaged.*previous.pt is damaged.*remove"): begin(root, tmp_path)
 
 
@@ -159,7 +159,7 @@ def kept_stage(folder, made, value=1.0):
 
 
 @pytest.mark.parametrize("harm", [lambda p: flip_a_byte(p), lambda p: os.truncate(p, 10), lambda p: p.write_bytes(b"text"),
-                                  lambda p: training.checksum_of(p).unlink()], ids=["one byte", "short", "text", "no checksum"])
+                                  lambda p: checkpoints.checksum_of(p).unlink()], ids=["one byte", "short", "text", "no checksum"])
 def test_a_damaged_stage_is_named_and_made_again(tmp_path, harm):
     made = []
     for _ in range(2): kept_stage(tmp_path, made)
@@ -176,7 +176,7 @@ def test_a_planted_link_is_not_followed(tmp_path):
     "Nobody can tell beforehand what the temporary file is called."
     (tmp_path / "precious").write_bytes(b"mine")
     for name in ("manifest.tmp", "next.tmp"): (tmp_path / name).symlink_to(tmp_path / "precious")
-    for name in ("manifest.json", "next.pt"): training.write_whole(tmp_path / name, b"theirs")
+    for name in ("manifest.json", "next.pt"): checkpoints.write_whole(tmp_path / name, b"theirs")
     assert (tmp_path / "precious").read_bytes() == b"mine"
 
 
@@ -215,12 +215,12 @@ def test_a_read_only_folder_is_refused_at_once(root):
     import tempfile
     with tempfile.TemporaryDirectory() as folder:  # not pytest's: nobody may not look into root's
         os.chmod(folder, 0o555)
-        with as_nobody(), pytest.raises(PermissionError, match="cannot be written to .*give write access"): training.hold(f"{folder}/run")
+        with as_nobody(), pytest.raises(PermissionError, match="cannot be written to .*give write access"): checkpoints.hold(f"{folder}/run")
         os.chmod(folder, 0o755)
 
 
 def keep(folder, ready):
-    training.hold(folder)
+    checkpoints.hold(folder)
     ready.set()
     time.sleep(60)
 
@@ -229,12 +229,12 @@ def test_a_second_process_is_refused_and_a_dead_ones_lock_is_taken(tmp_path, chi
     ready = children.Event()
     child = children.Process(target=keep, args=(tmp_path, ready))
     child.start()
-    assert ready.wait(30) and training.in_use(tmp_path)
-    with pytest.raises(ValueError, match=f"in use by process {child.pid} on "): training.hold(tmp_path)
+    assert ready.wait(30) and checkpoints.in_use(tmp_path)
+    with pytest.raises(ValueError, match=f"in use by process {child.pid} on "): checkpoints.hold(tmp_path)
     os.kill(child.pid, signal.SIGKILL); child.join()
-    assert not training.in_use(tmp_path)
-    training.hold(tmp_path)
-    training.release(tmp_path)
+    assert not checkpoints.in_use(tmp_path)
+    checkpoints.hold(tmp_path)
+    checkpoints.release(tmp_path)
 
 
 def test_a_stage_is_made_by_one_of_two_runs(root, tmp_path, children):

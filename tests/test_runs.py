@@ -11,7 +11,7 @@ import yaml
 
 from reidbook import runs
 from reidbook.cli import main
-from reidbook.training import parse_settings
+from reidbook.settings import parse_settings
 
 project = Path(__file__).parent.parent
 overrides = yaml.safe_load((project / "tests" / "overrides.yaml").read_text())
@@ -209,7 +209,7 @@ def test_words_become_values():
 
 def test_names_that_moved_work_with_a_warning():
     from reidbook import cli
-    with pytest.warns(DeprecationWarning, match="training.parse_settings"): assert cli.parse_settings is parse_settings
+    with pytest.warns(DeprecationWarning, match="settings.parse_settings"): assert cli.parse_settings is parse_settings
     with pytest.raises(AttributeError): cli.nothing
 
 

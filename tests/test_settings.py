@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from reidbook import adaptation, runs, training
+from reidbook.settings import DATASETS, declared, SETTINGS
 from reidbook.methods import glc
 from reidbook.methods.baseline import Baseline
 
 ROOT = Path(__file__).parents[1]
 OWNERS = {m: runs.get_method(m) for m in runs.method_names()} | {"supervised": adaptation.Supervised}
-NAMES = [*training.DATASETS, "market1501", "dukemtmcreid", "csv", "synthetic-cameras"]
-BASE = [(name, training.SETTINGS[name], Baseline) for name in training.SETTINGS]
-EVERY = BASE + [(name, it, cls) for cls in OWNERS.values() for name, it in training.declared(cls).items()]
-EVERY += [(name, it, OWNERS["glc"]) for name, it in training.declared(glc.GLC).items()]
+NAMES = [*DATASETS, "market1501", "dukemtmcreid", "csv", "synthetic-cameras"]
+BASE = [(name, SETTINGS[name], Baseline) for name in SETTINGS]
+EVERY = BASE + [(name, it, cls) for cls in OWNERS.values() for name, it in declared(cls).items()]
+EVERY += [(name, it, OWNERS["glc"]) for name, it in declared(glc.GLC).items()]
 OTHER = {bool: [1, 0, "true"], int: [1.5, "1", True], float: ["1", True, [1.0]], str: [3, True, ["a"]], list: [3, "3", {}]}
 
 

@@ -1,9 +1,11 @@
 "The loop: repeatable, resumable, honest about bad labels."
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from reidbook import training
+from reidbook import checkpoints, settings, training
 from reidbook.data import open_dataset
 from reidbook.methods.baseline import Baseline
 from reidbook.noise import label_quality
@@ -117,3 +119,38 @@ def test_a_step_does_not_wait_for_the_device(tiny):
         with Count() as count: training.train_epoch(t)
         return count.reads
     assert reads(5) - reads(2) <= 3
+
+
+# the state: its fields and no others
+
+@pytest.mark.parametrize("kind", [training.State, training.Batch])
+def test_every_field_says_who_sets_it(kind):
+    rows = training.field_rows(kind)
+    assert [r["field"] for r in rows] == list(kind.__dataclass_fields__)
+    places = checkpoints, training.Method, training
+    for r in rows: assert any(hasattr(place, r["set by"]) for place in places), r
+
+
+def test_a_typo_on_the_state_fails_and_names_the_field():
+    t = training.start(open_dataset("synthetic-tiny"), Baseline)
+    with pytest.raises(AttributeError, match="State has no field epohc: did you mean epoch?"): t.epohc = 1
+    with pytest.raises(AttributeError, match="did you mean optimizer?"): t.optimiser
+    with pytest.raises(AttributeError, match="goes on the method itself"): t.memory = 1
+    with pytest.raises(AttributeError, match="plan is not set yet"): t.plan
+    assert copy.copy(t).images is t.images
+    batch = training.Batch(np.arange(2), torch.zeros(2), np.arange(2), torch.arange(2), None)
+    with pytest.raises(AttributeError, match="did you mean images?"): batch.image
+
+
+def test_every_field_is_set_after_an_epoch():
+    s = training.resolve(Baseline, "synthetic-tiny", epochs=1, iterations=1)
+    t = training.start(open_dataset("synthetic-tiny"), Baseline, s)
+    next(training.epochs(t))
+    assert set(vars(t)) == set(training.State.__dataclass_fields__)
+
+
+def test_names_that_moved_work_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="settings.SETTINGS"): assert training.SETTINGS is settings.SETTINGS
+    with pytest.warns(DeprecationWarning, match="checkpoints.in_use"): assert training.in_use is checkpoints.in_use
+    assert training.Setting is settings.Setting and training.stage is checkpoints.stage  # methods use them: no warning
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"): training.nothing

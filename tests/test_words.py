@@ -14,7 +14,7 @@ import pytest
 
 import reidbook
 import reidbook.methods
-from reidbook import training
+from reidbook import settings
 from reidbook.cli import parser
 from reidbook.site import check_notebook, options, read_bib
 
@@ -26,7 +26,7 @@ MODULES = [m.name for m in pkgutil.iter_modules(reidbook.__path__) if m.name not
 MODULES += [f"methods.{m.name}" for m in pkgutil.iter_modules(reidbook.methods.__path__)]
 METHODS = [importlib.import_module(f"reidbook.methods.{m.name}") for m in pkgutil.iter_modules(reidbook.methods.__path__)]
 OWN = [getattr(m, name) for m in METHODS for name in ("METHOD", "PLUG") if hasattr(m, name)]
-SETTINGS = set(training.SETTINGS).union(*(cls.settings for cls in OWN), *(d for cls in OWN for d in cls.datasets.values()))
+SETTINGS = set(settings.SETTINGS).union(*(cls.settings for cls in OWN), *(d for cls in OWN for d in cls.datasets.values()))
 SPELT = "vermillion,nd,ond,basline"  # our spelling, names, and a mistake that a page makes on purpose
 FENCE = re.compile(r"^(`{3,}).*?^\1[ \t]*$", re.M | re.S)
 
@@ -66,7 +66,7 @@ def missing_names(page, text):
     for name in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", FENCE.sub("", text)):
         if re.fullmatch(r"\d\d_[\w.]+(?:\.ipynb)?", name) and name.removesuffix(".ipynb") not in BOOKS: out.append(f"{page}: no chapter {name}")
         dotted = re.fullmatch(r"(?:reidbook\.)?(" + "|".join(re.escape(m) for m in MODULES if m != "batch") + r")\.([A-Za-z]\w*)(?:\([^)]*\))?", name)
-        if dotted and not hasattr(importlib.import_module(f"reidbook.{dotted[1]}"), dotted[2]) and dotted[2] not in ("py", "yaml", "json", "ipynb", "npz"):
+        if dotted and not hasattr(importlib.import_module(f"reidbook.{dotted[1]}"), dotted[2]) and dotted[2] not in ("py", "yaml", "json", "ipynb", "npz", "ini"):
             out.append(f"{page}: no {name}")
     for line in commands(text):
         words = line.split()[1:]
@@ -200,6 +200,6 @@ def test_notation_names_live_where_the_page_says():
 
 def test_notation_has_every_setting_and_the_state():
     plain = {n for names, place in notation_rows() if not place for n in names}
-    assert set(training.SETTINGS) <= plain
+    assert set(settings.SETTINGS) <= plain
     source = (ROOT / "reidbook" / "training.py").read_text()
     for name in (n for n in plain if n.startswith("t.")): assert re.search(rf"\b{re.escape(name)}\b|\b{name[2:]}=", source), name

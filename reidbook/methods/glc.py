@@ -24,7 +24,8 @@ from ..memory import prototypes
 from .baseline import Baseline
 from ..models import pick_device
 from ..neighbors import as_array, as_count, as_ids, as_matrix, as_number, knn
-from ..training import defaults, describe_labels, Plug, Setting
+from ..settings import defaults, Setting
+from ..training import describe_labels, Plug
 
 
 # %% ../../nbs/14_methods.glc.ipynb #0014abcd

@@ -22,7 +22,7 @@ from ..data import Dataset
 from .baseline import Baseline
 from ..neighbors import as_array, as_ids, as_neighbors, as_number, jaccard_similarity, knn
 from ..noise import noise_kinds
-from ..training import Setting
+from ..settings import Setting, SETTINGS
 
 # %% ../../nbs/12_methods.icsr.ipynb #0018abcd
 def node_scores(similarities,        # N x k of `knn`, self included
@@ -198,7 +198,8 @@ def train_camera(t,         # the run's state
         one = training.start(data, CameraStage, settings, t.seed, folder, device,
                              images=t.images[rows])
     for _ in training.epochs(one): pass
-    return {"labels": torch.from_numpy(one.method.best), "silhouettes": one.method.silhouettes}
+    found: CameraStage = one.method
+    return {"labels": torch.from_numpy(found.best), "silhouettes": found.silhouettes}
 
 # %% ../../nbs/12_methods.icsr.ipynb #0075abcd
 def devices(device) -> list:
@@ -217,7 +218,7 @@ def camera_settings(s) -> dict:
     own = dict(epochs=s.camera_epochs, iterations=s.camera_iterations, lr_step=s.camera_epochs,
                clusters=s.camera_clusters, momentum=s.camera_momentum, update=s.update,
                temperature=s.temperature, eval_every=s.camera_epochs, correct="")
-    return {k: getattr(s, k) for k in training.SETTINGS} | own
+    return {k: getattr(s, k) for k in SETTINGS} | own
 
 # %% ../../nbs/12_methods.icsr.ipynb #0078abcd
 def camera_labels(t) -> np.ndarray:

@@ -17,7 +17,8 @@ from ..memory import camera_proxies, on_device, prototypes, soft_triplet_loss
 from ..models import create_model
 from ..neighbors import (as_array, as_batch, as_count, as_matrix, as_number,
                                 list_agreement, neighbor_lists)
-from ..training import DATASETS, Method, SYNTHETIC, Setting
+from ..settings import DATASETS, Setting, SYNTHETIC
+from ..training import Method
 
 
 # %% ../../nbs/11_methods.pplr.ipynb #0016abcd
