@@ -116,8 +116,8 @@ def first_epoch(name, device, known, **settings):
     """Losses of one short epoch from the same start. `known` holds the features of all images, whenever they
     were asked for: filled when it is empty, used when it is not. A neighbour list jumps where two
     similarities are equal up to rounding, and this truth is about the steps."""
-    def given(t, images):
-        if not replay: known.append(make(t, images))
+    def given(t, images, *model):
+        if not replay: known.append(make(t, images, *model))
         feats = known.pop(0) if replay else known[-1]
         return type(feats)(*(None if x is None else x.copy() for x in feats))
     replay, make = bool(known), training.features
