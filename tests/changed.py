@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_imports import pages, targets
+from test_imports import notebooks, targets
 
 HERE = Path(__file__).parent
 ALWAYS = ["test_lint.py", "test_style.py", "test_words.py", "test_imports.py", "test_book.py::test_export_is_fresh",
@@ -30,9 +30,9 @@ def imported(text):
 
 
 def concerned(files, page, tests):
-    "Tests of changed files, nearest first. `page`: module -> notebook; `tests`: file name -> text."
+    "Tests of changed files, nearest first. `page`: module -> its notebooks; `tests`: file name -> text."
     names = sorted(Path(f).stem for f in files if f.startswith("nbs/") and f.endswith(".ipynb"))
-    modules = {m for m, notebook in page.items() if notebook in names}
+    modules = {m for m, notebooks in page.items() if {*notebooks} & {*names}}
     own = [t for t in tests if f"tests/{t}" in files]
     namesakes = [t for t in tests if t in {f"test_{m.split('.')[-1]}.py" for m in modules}]
     chapters = [f"test_book.py::test_chapter_runs[{n}]" for n in names if n != "train"]
@@ -54,6 +54,6 @@ def fitting(tests, limit=LIMIT):
 
 if __name__ == "__main__":
     texts = {p.name: p.read_text(encoding="utf-8") for p in sorted(HERE.glob("test_*.py"))}
-    fit, rest = fitting([t for t in concerned(changed_files(), pages(), texts) if t not in ("test_book.py", *ALWAYS)])
+    fit, rest = fitting([t for t in concerned(changed_files(), notebooks(), texts) if t not in ("test_book.py", *ALWAYS)])
     if rest: print("no time here, CI runs them:", *rest, file=sys.stderr)
     print(*(f"tests/{t}" for t in ALWAYS + fit))

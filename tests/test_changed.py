@@ -1,7 +1,7 @@
 "`make check` picks the tests of what changed."
 from changed import ALWAYS, HERE, concerned, fitting
 
-PAGE = {"noise": "06_noise", "methods.glc": "14_methods.glc"}
+PAGE = {"noise": ["06_noise"], "methods.glc": ["14_methods.glc", "14a_evidence"]}
 TESTS = {"test_noise.py": "from reidbook.noise import label_quality", "test_glc.py": "from reidbook.methods import glc\nfrom reidbook import noise",
          "test_data.py": "from reidbook import data"}
 
@@ -10,6 +10,7 @@ def test_a_page_gives_its_tests_and_a_test_itself():
     chapter = "test_book.py::test_chapter_runs[06_noise]"
     assert concerned({"nbs/06_noise.ipynb"}, PAGE, TESTS) == ["test_noise.py", chapter, "test_glc.py"]
     assert concerned({"nbs/14_methods.glc.ipynb", "tests/test_data.py"}, PAGE, TESTS)[:2] == ["test_data.py", "test_glc.py"]
+    assert concerned({"nbs/14a_evidence.ipynb"}, PAGE, TESTS) == ["test_glc.py", "test_book.py::test_chapter_runs[14a_evidence]"]
     assert concerned({"README.md", "reidbook/noise.py", "nbs/results/a.json"}, PAGE, TESTS) == []
 
 

@@ -55,6 +55,12 @@ def pages():
     return out
 
 
+def notebooks():
+    "Module -> all notebooks that export into it, the one that made it first."
+    cells = lambda m: re.findall(r"^# %% (?:\.\./)+nbs/(.+?)\.ipynb", (ROOT / "reidbook" / (m.replace(".", "/") + ".py")).read_text(encoding="utf-8"), re.M)
+    return {m: list(dict.fromkeys([first, *cells(m)])) for m, first in pages().items()}
+
+
 def targets(node, module):
     "Modules of the book that one node of a syntax tree imports, wherever in the file it stands."
     if isinstance(node, ast.ImportFrom):
@@ -89,6 +95,15 @@ def test_an_import_against_the_reading_order_is_found():
         assert backward({"data": text}, page) == [("data", "runs")], text
     assert backward({"runs": "from . import data\nfrom .methods import glc\nimport numpy"}, page) == []
     assert backward({"methods.pplr": "from . import glc", "methods.glc": "from .. import data"}, page) == [("methods.pplr", "methods.glc")]
+
+
+def test_a_module_of_several_pages_stands_in_reading_order():
+    several = {m: names for m, names in notebooks().items() if len(names) > 1}
+    assert several["neighbors"][:2] == ["04_neighbors", "04a_engine"]
+    for module, names in several.items():
+        assert names == sorted(names), f"{module} is exported from {names}: nbdev writes pages in this order"
+        prefix = {n.split("_")[0].rstrip("abcdefgh") for n in names}
+        assert len(prefix) == 1, f"{module}: {names} do not stand together in the book"
 
 
 def test_methods_do_not_import_one_another():
