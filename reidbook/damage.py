@@ -63,15 +63,18 @@ def mean_features(feats,   # N x D
 
 # %% ../nbs/06c_damage.ipynb #0021d6ce
 def merged_with(labels, share, rng, partner):
-    "Drawn clusters take in the cluster that `partner(cluster, free)` names; nobody merges twice."
-    new, free = labels.copy(), set(np.unique(labels[labels >= 0]).tolist())
-    half = drawn_clusters(labels, share / 2, rng)  # its partners are the other half
-    for cluster in half:
-        if cluster not in free or len(free) < 2: continue
+    """Clusters in random order take in the one that `partner(cluster, free)` names, until the
+    merged ones hold the share; nobody merges twice."""
+    size = np.bincount(labels[labels >= 0])
+    new, free, held = labels.copy(), set(np.flatnonzero(size).tolist()), 0
+    for cluster in drawn_clusters(labels, 1, rng):  # all of them
+        if held >= share * size.sum() or len(free) < 2: break
+        if cluster not in free: continue
         free.remove(cluster)
         other = partner(cluster, np.array(sorted(free)))
         free.remove(other)
         new[labels == other] = cluster
+        held += size[cluster] + size[other]
     return new
 
 def merge_alike(labels, share, rng, feats, cams=None):
