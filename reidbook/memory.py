@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UPDATES', 'prototypes', 'camera_proxies', 'info_nce', 'on_device', 'mean_update', 'hard_update', 'ClusterMemory',
-           'HybridMemory', 'soft_triplet_loss']
+           'HybridMemory', 'soft_triplet_loss', 'stacked_heads', 'class_means', 'add_classifiers', 'remove_classifiers']
 
 # %% ../nbs/07_memory.ipynb #0003abcd
 import numpy as np
@@ -206,3 +206,42 @@ def soft_triplet_loss(features,  # B x D, not necessarily normalised
     positive = dist.masked_fill(~same, -torch.inf).amax(1)
     negative = dist.masked_fill(same, torch.inf).amin(1)
     return F.softplus(positive - negative).mean()
+
+# %% ../nbs/07_memory.ipynb #18c07002
+def stacked_heads(feats):
+    "Global and part features of `Features` as one array N x (1 + P) x D, the global one first."
+    whole = feats.global_[:, None]
+    return whole if feats.parts is None else np.concatenate([whole, feats.parts], 1)
+
+# %% ../nbs/07_memory.ipynb #18c07003
+def class_means(heads,   # N x H x D, unit rows
+                labels,  # N labels, -1 left out
+                ) -> np.ndarray:  # H x C x D float32
+    "One unit row per head and cluster."
+    return np.stack([prototypes(heads[:, h], labels) for h in range(heads.shape[1])])
+
+# %% ../nbs/07_memory.ipynb #18c07005
+def add_classifiers(optimizer,
+                    means,     # H x C x D, the first values of the rows
+                    device,
+                    # rows of a table that outlives the epoch; 0: as many as there are clusters
+                    rows=0,
+                    kept=None, # what `remove_classifiers` gave an epoch earlier
+                    ):         # nn.Parameter, H x (rows or C) x D
+    "Class means become trainable classifiers; ValueError when they do not fit into `rows`."
+    n_heads, classes, dim = means.shape
+    if 0 < rows < classes:
+        raise ValueError(f"{classes} clusters but rows={rows}: the released code crashes here; "
+                         "rows=0 makes room for every cluster")
+    table = kept["rows"] if kept else torch.zeros(n_heads, rows or classes, dim)
+    table[:, :classes] = torch.from_numpy(means)
+    classifiers = nn.Parameter(table.to(device))
+    optimizer.add_param_group({"params": [classifiers]})
+    if kept: optimizer.state[classifiers] = kept["moments"]
+    return classifiers
+
+# %% ../nbs/07_memory.ipynb #18c07006
+def remove_classifiers(optimizer, classifiers) -> dict:  # their rows and Adam moments
+    "Take the classifiers out of the optimiser, which is then as it was before them."
+    optimizer.param_groups.pop()
+    return {"rows": classifiers.detach(), "moments": optimizer.state.pop(classifiers)}

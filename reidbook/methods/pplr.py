@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'PER_DATASET', 'METHOD', 'cross_agreement', 'as_tensors', 'part_batch', 'refined_labels', 'pglr_loss',
-           'aals_loss', 'smoothed_loss', 'camera_batch', 'inter_camera_loss', 'stacked_heads', 'class_means',
-           'add_classifiers', 'remove_classifiers', 'PartNetwork', 'PPLR', 'label_losses', 'camera_losses']
+           'aals_loss', 'smoothed_loss', 'camera_batch', 'inter_camera_loss', 'PartNetwork', 'PPLR', 'label_losses',
+           'camera_losses']
 
 # %% ../../nbs/11_methods.pplr.ipynb #0003abcd
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from ..clustering import dbscan, min_similarity
-from ..memory import camera_proxies, on_device, prototypes, soft_triplet_loss
+from reidbook.memory import (
+    add_classifiers, camera_proxies, class_means, on_device, remove_classifiers,
+    soft_triplet_loss, stacked_heads,
+)
 from ..models import create_model
 from ..neighbors import (as_array, as_batch, as_count, as_matrix, as_number,
                                 list_agreement, neighbor_lists)
@@ -155,45 +157,6 @@ def inter_camera_loss(features,    # B x D; normalised here
     reference = (sims + counted.log()).logsumexp(1, keepdim=True)
     each = ((reference - sims) * positive).sum(1) / positive.sum(1).clamp(min=1)
     return each.sum() / (len(features) if compat else has.sum().clamp(min=1))
-
-# %% ../../nbs/11_methods.pplr.ipynb #0050abcd
-def stacked_heads(feats):
-    "Global and part features of `Features` as one array N x (1 + P) x D, the global one first."
-    whole = feats.global_[:, None]
-    return whole if feats.parts is None else np.concatenate([whole, feats.parts], 1)
-
-# %% ../../nbs/11_methods.pplr.ipynb #0051abcd
-def class_means(heads,   # N x H x D, unit rows
-                labels,  # N labels, -1 left out
-                ) -> np.ndarray:  # H x C x D float32
-    "One unit row per head and cluster."
-    return np.stack([prototypes(heads[:, h], labels) for h in range(heads.shape[1])])
-
-# %% ../../nbs/11_methods.pplr.ipynb #0053abcd
-def add_classifiers(optimizer,
-                    means,     # H x C x D, the first values of the rows
-                    device,
-                    # rows of a table that outlives the epoch; 0: as many as there are clusters
-                    rows=0,
-                    kept=None, # what `remove_classifiers` gave an epoch earlier
-                    ):         # nn.Parameter, H x (rows or C) x D
-    "Class means become trainable classifiers; ValueError when they do not fit into `rows`."
-    n_heads, classes, dim = means.shape
-    if 0 < rows < classes:
-        raise ValueError(f"{classes} clusters but rows={rows}: the released code crashes here; "
-                         "rows=0 makes room for every cluster")
-    table = kept["rows"] if kept else torch.zeros(n_heads, rows or classes, dim)
-    table[:, :classes] = torch.from_numpy(means)
-    classifiers = nn.Parameter(table.to(device))
-    optimizer.add_param_group({"params": [classifiers]})
-    if kept: optimizer.state[classifiers] = kept["moments"]
-    return classifiers
-
-# %% ../../nbs/11_methods.pplr.ipynb #0054abcd
-def remove_classifiers(optimizer, classifiers) -> dict:  # their rows and Adam moments
-    "Take the classifiers out of the optimiser, which is then as it was before them."
-    optimizer.param_groups.pop()
-    return {"rows": classifiers.detach(), "moments": optimizer.state.pop(classifiers)}
 
 # %% ../../nbs/11_methods.pplr.ipynb #0059abcd
 PUBLISHED = dict(

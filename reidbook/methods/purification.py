@@ -9,7 +9,6 @@ __all__ = ['VIEWS', 'TEACHER_BN', 'STUDENT', 'METHOD', 'views', 'fuse', 'fused_s
 # %% ../../nbs/15_methods.purification.ipynb #0003abcd
 from functools import partial
 from types import SimpleNamespace
-import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
@@ -17,7 +16,7 @@ from .. import training
 from ..clustering import dbscan, min_similarity
 from ..memory import ClusterMemory, prototypes
 from ..models import create_model, load_state, read_state
-from ..neighbors import as_array, as_number, jaccard_similarity
+from ..neighbors import as_number, fuse_similarities, jaccard_similarity
 from ..training import Setting
 
 
@@ -43,18 +42,7 @@ def fuse(
     (Lan et al. 2023, feature purification). ValueError on a weight outside [0,
     0.5] or unequal shapes."""
     w = as_number(lambda1, "lambda1", 0, 0.5)
-    kinds = {"sparse" if sp.issparse(x) else "tensor" if torch.is_tensor(x) else "array"
-             for x in (global_, upper, lower)}
-    if len(kinds) > 1:
-        raise ValueError(f"found {' and '.join(sorted(kinds))} among the three views, "
-                         "expected three of one kind: convert them first")
-    if kinds == {"array"}:
-        global_, upper, lower = (as_array(x, "a view") for x in (global_, upper, lower))
-    if not global_.shape == upper.shape == lower.shape:
-        raise ValueError(f"shapes {global_.shape}, {upper.shape}, {lower.shape}: "
-                         "the three views must be of the same images")
-    fused = (1 - 2 * w) * global_ + w * upper + w * lower
-    return fused.asformat(global_.format) if sp.issparse(fused) else fused
+    return fuse_similarities([global_, upper, lower], [1 - 2 * w, w, w])
 
 # %% ../../nbs/15_methods.purification.ipynb #0030abcd
 def fused_similarity(feats,         # `Features` with two parts
