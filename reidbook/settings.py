@@ -228,7 +228,8 @@ def resolve(method,      # a Method class, or another owner
             **given,     # what the reader asked for
             ) -> Settings:
     "All settings of a run. ValueError for a name nobody declared, or a value out of its range."
-    for name in {"source", "correct", "released"} & set(given): SETTINGS[name].check(name, given[name])
+    for name in {"source", "correct", "released"} & set(given):
+        SETTINGS[name].check(name, given[name])
     plug = plug_class(plug_name(method, dataset, given))
     table = SETTINGS | declared(plug) | declared(method)
     values, origins = {}, {}
