@@ -340,7 +340,8 @@ def batches(t: State):
     # fewer groups than a batch needs: a smaller batch, not a crash
     size = min(s.batch_size, int(groups.max() + 1) * s.instances)
     rows = pk_batches(groups, t.cams, batch_size=size, instances=s.instances, rng=t.rng,
-                      prefer_other_cameras=s.prefer_other_cameras)
+                      prefer_other_cameras=s.prefer_other_cameras,
+                      compat=s.sampler == "released")
     rows = (index for _, index in zip(range(t.plan.iterations), rows))
     for index, images in ahead(t, rows):
         targets = t.labels[index]
@@ -374,7 +375,7 @@ def augmented(t, images):
     s = t.settings
     images = images.to(t.device, non_blocking=True)
     return train_transform(images, t.generator, flip=s.flip, pad=s.pad, erase=s.erase,
-                           jitter=s.jitter)
+                           jitter=s.jitter, compat=s.erase_fill == "released")
 
 def view(t, index):
     "A freshly augmented view of training images `index`, on the device."

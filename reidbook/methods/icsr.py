@@ -286,6 +286,7 @@ class ICSR(Baseline):
     """Cluster Contrast on global clusters from which each camera's own clusters have struck out
     what does not belong (Li et al. 2023)."""
     settings, datasets = PUBLISHED, PER_DATASET
+    released = dict(nodes="last", nodes_from="infomap")
 
     def __init__(self): self.counts = {}
 

@@ -315,7 +315,8 @@ def augmented(t, rows, generator):
     loop's batches stay what they are without us."""
     s = t.settings
     return train_transform(torch.from_numpy(np.array(t.images[rows])).to(t.device), generator,
-                           flip=s.flip, pad=s.pad, erase=s.erase, jitter=s.jitter)
+                           flip=s.flip, pad=s.pad, erase=s.erase, jitter=s.jitter,
+                           compat=s.erase_fill == "released")
 
 # %% ../../nbs/13_methods.mprd.ipynb #0069abcd
 def mixed_prototypes(prototypes,  # K x D
@@ -503,6 +504,7 @@ class Flips(training.Method):
                        choices=("mean", "hard")),
         temperature=Setting(0.05, "of the softmax over all prototypes", above=0),
         compat=Setting(False, "what the released code does"))
+    released = dict(compat=True)
 
     def labels(self, t, feats):
         "DBSCAN on the sparse similarity, as the baseline."

@@ -190,6 +190,7 @@ PER_DATASET = {
 class PartNetwork(Method):
     "The network with part heads, and clusters of its global feature."
     settings, datasets, kept = PUBLISHED, PER_DATASET, None
+    released = dict(compat=True, rows=3000)
 
     @staticmethod
     def check(s):

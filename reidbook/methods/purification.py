@@ -177,7 +177,7 @@ STUDENT = dict(
 class Purification(ThreeViews):
     """A student beside its frozen teacher, after a warm epoch on the teacher's clusters
     (Lan et al. 2023, label purification). With mu = 0 and warm = 0 it is `ThreeViews`."""
-    settings = ThreeViews.settings | STUDENT
+    settings, released = ThreeViews.settings | STUDENT, dict(teacher_bn="batch")
 
     def prepare(self, t):
         """The teacher: from a file, or trained, once, and found again.
