@@ -458,7 +458,7 @@ def fuse_similarities(
     """The weighted sum of several similarities of the same images. ValueError when weights
     are negative or too few, or when the inputs differ in kind or shape."""
     similarities = list(similarities)
-    weights = [as_number(w, "weights", 0) for w in weights]
+    weights = [as_number(w, "weights", 0) for w in np.atleast_1d(as_array(weights, "weights"))]
     if not similarities or len(similarities) != len(weights):
         raise ValueError(f"{len(similarities)} similarities, {len(weights)} weights: "
                          "one weight for each similarity is needed")

@@ -61,6 +61,9 @@ CALLS = {
     "jaccard_similarity": (neighbors.jaccard_similarity, dict(features=("matrix", x), k1=("count", 6), k2=("count", 2), min_similarity=("number", 0.1))),
     "jaccard_of_lists": (lambda similarities, indices: neighbors.jaccard_similarity(x, 6, 2, neighbors=(similarities, indices)), dict(similarities=("matrix", sims), indices=("lists", idx))),
     "re_rank": (neighbors.re_rank, dict(query=("matrix", x[:8]), gallery=("matrix", x[8:]), k1=("count", 6), k2=("count", 2), lambda_value=("number", 0.3))),
+    "camera_jaccard": (neighbors.camera_jaccard, dict(features=("matrix", x), cams=("ids", cams), min_similarity=("number", 0.1))),
+    "camera_re_rank": (neighbors.camera_re_rank, dict(query=("matrix", x[:8]), gallery=("matrix", x[8:]), q_cams=("ids", cams[:8]), g_cams=("ids", cams[8:]), lambda_value=("number", 0.3))),
+    "fuse_similarities": (neighbors.fuse_similarities, dict(similarities=("given", [jaccard, jaccard]), weights=("vector", np.ones(2)))),
     "recall_on_sample": (neighbors.recall_on_sample, dict(features=("matrix", x), idx=("lists", idx), sample=("count", 10))),
     "min_similarity": (clustering.min_similarity, dict(eps=("number", 0.5))),
     "dbscan": (clustering.dbscan, dict(similarity=("square", jaccard), eps=("number", 0.5), min_samples=("count", 2))),
@@ -152,7 +155,7 @@ def leaves(result):
     return [np.asarray(result)]
 
 
-LOSSES = {"info_nce", "ClusterMemory", "HybridMemory", "soft_triplet_loss", "pglr_loss", "aals_loss", "inter_camera_loss", "mean_update", "hard_update", "fuse", "extract_features"}
+LOSSES = {"info_nce", "ClusterMemory", "HybridMemory", "soft_triplet_loss", "pglr_loss", "aals_loss", "inter_camera_loss", "mean_update", "hard_update", "fuse", "fuse_similarities", "extract_features"}
 
 
 def sane(name, argument, what, result):
@@ -198,6 +201,7 @@ def test_nothing_is_forgotten():
     covered = {function.__name__ for function, _ in CALLS.values()} | {"jaccard_similarity", "infomap", "knn_approximate", "correct_labels"}
     covered |= {"compiled", "compiled_loosely", "in_threads", "full_precision", "products", "on_device"}  # machinery, without data of the reader's
     covered |= {"as_array", "as_lists", "as_neighbors", "as_count", "as_number", "as_batch", "as_graph"}  # the checks themselves: every row above goes through them
+    covered |= {"stacked_heads", "class_means", "add_classifiers", "remove_classifiers"}  # parts of an epoch: they get what the loop has made
     for module in (neighbors, clustering, noise, memory, evaluation):
         for name in module.__all__:
             function = getattr(module, name)
