@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UPDATES', 'prototypes', 'camera_proxies', 'info_nce', 'on_device', 'mean_update', 'hard_update', 'ClusterMemory',
-           'HybridMemory', 'soft_triplet_loss', 'stacked_heads', 'class_means', 'add_classifiers', 'remove_classifiers']
+           'HybridMemory', 'soft_triplet_loss', 'stacked_heads', 'weigh', 'class_means', 'add_classifiers',
+           'remove_classifiers']
 
 # %% ../nbs/07_memory.ipynb #0003abcd
 import numpy as np
@@ -212,6 +213,13 @@ def stacked_heads(feats):
     "Global and part features of `Features` as one array N x (1 + P) x D, the global one first."
     whole = feats.global_[:, None]
     return whole if feats.parts is None else np.concatenate([whole, feats.parts], 1)
+
+def weigh(terms,    # a loss for each head, the global one first
+          lambda2,  # weight of each half; the whole keeps 1 - lambda2
+          ):        # a loss
+    "The whole alone, or (1 - lambda2) whole + lambda2 of each half."
+    whole, *halves = terms
+    return sum((lambda2 * half for half in halves), (1 - lambda2 if halves else 1) * whole)
 
 # %% ../nbs/07_memory.ipynb #18c07003
 def class_means(heads,   # N x H x D, unit rows

@@ -105,7 +105,7 @@ SETTINGS = dict(
     flip=Setting(0.5, "chance of a mirror image", low=0, high=1),
     pad=Setting(10, "of zeros around an image, which is then cropped", "pixels", low=0, high=4096),
     erase=Setting(0.5, "chance of an erased rectangle", low=0, high=1),
-    erase_fill=Setting("mean", "its colour: the mean; released: the mean, normalised twice over",
+    erase_fill=Setting("mean", "its colour: the mean; released: its numbers, put in too late",
                        choices=("mean", "released")),
     jitter=Setting(0.0, "strength of changes to the colours", low=0, high=1),
     k1=Setting(30, "in a list of the Jaccard similarity", "neighbours", low=1),

@@ -201,7 +201,7 @@ def test_nothing_is_forgotten():
     covered = {function.__name__ for function, _ in CALLS.values()} | {"jaccard_similarity", "infomap", "knn_approximate", "correct_labels"}
     covered |= {"compiled", "compiled_loosely", "in_threads", "full_precision", "products", "on_device"}  # machinery, without data of the reader's
     covered |= {"as_array", "as_lists", "as_neighbors", "as_count", "as_number", "as_batch", "as_graph"}  # the checks themselves: every row above goes through them
-    covered |= {"stacked_heads", "class_means", "add_classifiers", "remove_classifiers"}  # parts of an epoch: they get what the loop has made
+    covered |= {"stacked_heads", "class_means", "add_classifiers", "remove_classifiers", "weigh"}  # parts of an epoch: they get what the loop has made
     for module in (neighbors, clustering, noise, memory, evaluation):
         for name in module.__all__:
             function = getattr(module, name)

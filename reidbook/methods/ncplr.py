@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'SETTINGS', 'PER_DATASET', 'METHOD', 'neighbor_weights', 'neighbor_votes', 'refined_targets', 'refined_loss',
-           'agreement', 'mutual_targets', 'VotingNetwork', 'weigh', 'targets_of_heads', 'NCPLR']
+           'agreement', 'mutual_targets', 'VotingNetwork', 'targets_of_heads', 'NCPLR']
 
 # %% ../../nbs/15c_methods.ncplr.ipynb #18d00004
 import numpy as np
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ..clustering import as_graph, dbscan, min_similarity, tie
 from reidbook.memory import (
     add_classifiers, class_means, ClusterMemory, on_device, remove_classifiers, stacked_heads,
+    weigh,
 )
 from ..models import create_model
 from ..neighbors import as_batch, as_ids, as_number, fuse_similarities
@@ -129,6 +130,7 @@ PER_DATASET = {"synthetic": dict(eps=0.6, temperature=0.1, momentum=0.2),  # as 
 class VotingNetwork(Method):
     "One head or three, clusters of their mixed similarity, neighbours, classifiers, memories."
     settings, datasets, graph, kept = SETTINGS, PER_DATASET, None, None
+    released = dict(weighting="far", rows=3000)
 
     def model(self, t):
         "One head, or three."
@@ -170,13 +172,6 @@ class VotingNetwork(Method):
     def load_state(self, t, state): self.kept = state
 
 # %% ../../nbs/15c_methods.ncplr.ipynb #18d0001c
-def weigh(terms,    # one for each head, the whole first
-          lambda2,  # weight of each half; the whole keeps 1 - lambda2
-          ):
-    "The whole alone, or (1 - lambda2) whole + lambda2 of each half."
-    whole, *halves = terms
-    return (1 - lambda2) * whole + lambda2 * sum(halves) if halves else whole
-
 def targets_of_heads(votes,    # B x H x C, the whole first
                      targets,  # B labels
                      s,        # settings
