@@ -159,7 +159,7 @@ class Help(argparse.Action):
         parser.print_help()
         if namespace.method:
             try: print("\nsettings:\n" + settings_text(namespace))
-            except ValueError as e: parser.error(str(e))
+            except (ValueError, FileNotFoundError) as e: parser.error(str(e))
         parser.exit()
 
 # %% ../nbs/25_cli.ipynb #0041bbcd
@@ -167,7 +167,8 @@ RUN = (
     ("-h --help", dict(action=Help, nargs=0,
                        help="this; behind --method X also all settings of X")),
     ("--dataset", dict(default="synthetic-small", metavar="NAME")),
-    ("--method", dict(metavar="NAME", help="default: baseline")),
+    ("--method", dict(metavar="NAME", help="a shipped method, a file such as mine.py, or "
+                                           "package.module; default: baseline")),
     ("--seed", dict(type=whole(0), default=1, metavar="N")),
     ("--again", dict(action="store_true", help="repeat a run that is done")),
     ("--show-settings", dict(action="store_true",

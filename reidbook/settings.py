@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import yaml
 
 from .models import BACKBONES, LATER
+from .own import is_own, own_class, plain_name
 
 # %% ../nbs/08c_settings.ipynb #0105bbcd
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ def plug_class(name) -> type[Owner]:
     """The plug of that name; for the empty name, an owner of no settings.
     ValueError when there is none."""
     if not name: return Owner
+    if is_own(name): return own_class(name, "PLUG", Owner)
     try: return importlib.import_module(f"reidbook.methods.{name}").PLUG
     except (ImportError, AttributeError):
         raise ValueError(f"setting correct={name!r}: there is no reidbook.methods.{name} "
@@ -216,8 +218,8 @@ def layers(method, dataset, given) -> list:
     plug = plug_class(name)
     quirks = RELEASED | plug.released | method.released if given.get("released") else {}
     return [("loop", SETTINGS), (f"loop, for {dataset}", by_dataset(DATASETS, dataset)),
-            (f"plug {name}", plug.settings),
-            (f"plug {name}, for {dataset}", by_dataset(plug.datasets, dataset, source)),
+            (f"plug {plain_name(name)}", plug.settings),
+            (f"plug {plain_name(name)}, for {dataset}", by_dataset(plug.datasets, dataset, source)),
             ("method", method.settings),
             (f"method, for {dataset}", by_dataset(method.datasets, dataset, source)),
             ("released code", quirks), ("you", given)]
