@@ -47,9 +47,9 @@ def run(args):
 def settings_text(args) -> str:
     "All settings of a run as a table."
     from reidbook import runs
-    from reidbook.settings import resolve, settings_rows
-    method = runs.get_method(args.method or "baseline")
-    rows = settings_rows(resolve(method, args.dataset, **given_settings(args)))
+    from reidbook.settings import settings_rows
+    _, settings = runs.settle(args.method or "baseline", args.dataset, given_settings(args))
+    rows = settings_rows(settings)
     columns = ("name", "value", "from", "allowed", "unit", "meaning")
     lines = [columns, *([str(row[c]) for c in columns] for row in rows)]
     wide = [max(len(line[i]) for line in lines) for i in range(len(columns) - 1)] + [0]

@@ -154,12 +154,13 @@ def check_hooks(word, cls, kind, needed=()):
     lacking = [name for name in needed if getattr(cls, name) is known[name]]
     if lacking: raise ValueError(f"{word}: {cls.__name__} must define {' and '.join(lacking)}")
 
-# %% ../nbs/08a_own.ipynb #c3973664
-def bound_at(word, name) -> str:
-    "`mine.py, line 9`: where a name is last given a value."
+# %% ../nbs/08a_own.ipynb #76da6036
+def bound_at(word, name, owner=None) -> str:
+    "`mine.py, line 9`: where a name, of a class or of the module, is last given a value."
     tree = ast.parse(Path(own_module(word).__file__).read_bytes())
-    lines = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name
-             and isinstance(n.ctx, ast.Store)]
+    classes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == owner]
+    names = [n for n in ast.walk((classes or [tree])[-1]) if isinstance(n, ast.Name)]
+    lines = [n.lineno for n in names if n.id == name and isinstance(n.ctx, ast.Store)]
     return f"{word}, line {max(lines)}" if lines else str(word)
 
 def check_tables(word, cls):
@@ -170,9 +171,10 @@ def check_tables(word, cls):
     for parent in cls.__mro__[1:]:
         lost = [k for k in vars(parent).get("settings", {}) if k not in cls.settings]
         if lost:
-            raise ValueError(f"{bound_at(word, 'settings')}: the settings of {cls.__name__} leave "
-                             f"out {', '.join(lost)} of {parent.__name__}: write settings = "
-                             f"{parent.__name__}.settings | dict(...)")
+            where = bound_at(word, "settings", cls.__name__)
+            raise ValueError(f"{where}: the settings of {cls.__name__} leave out {', '.join(lost)} "
+                             f"of {parent.__name__}: write settings = {parent.__name__}.settings "
+                             "| dict(...)")
 
 # %% ../nbs/08a_own.ipynb #7a604b85
 def own_class(word, name, kind, needed=()) -> type:

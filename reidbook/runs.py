@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'REPORTING', 'FILES', 'NUMBER', 'NEEDED', 'TEXTS', 'SHARES', 'MINUTES', 'BAD', 'ALWAYS', 'SHOWN',
-           'method_names', 'get_method', 'code_digest', 'given_files', 'file_digest', 'describe', 'setting_words',
-           'method_words', 'run_title', 'changed_settings', 'checkout', 'runs_dir', 'write_json', 'processor',
-           'hardware', 'versions', 'cache_folder', 'now', 'begin', 'first_manifest', 'keep_copies', 'open_state',
-           'follower', 'follow', 'finish', 'peak_memory', 'time_spent', 'epoch_line', 'epoch_seconds', 'free_baselines',
-           'choices', 'show_rank_lists', 'read_template', 'assigned', 'template_parameters', 'real', 'absolute_folders',
-           'execute', 'forget', 'in_own_file', 'merge_streams', 'publish', 'front_matter', 'uncounted', 'read_file',
-           'printable', 'read_manifest', 'run_status', 'run_folders', 'check_row', 'ledger', 'ledger_row', 'add_cost',
-           'results_table', 'listed_by', 'markdown_table', 'as_record', 'read_records', 'last_lines', 'find_run',
-           'manifest_lines', 'record_lines', 'show_run']
+           'method_names', 'get_method', 'settle', 'code_digest', 'given_files', 'file_digest', 'describe',
+           'setting_words', 'method_words', 'run_title', 'changed_settings', 'checkout', 'runs_dir', 'write_json',
+           'processor', 'hardware', 'versions', 'cache_folder', 'now', 'begin', 'first_manifest', 'keep_copies',
+           'open_state', 'follower', 'follow', 'finish', 'peak_memory', 'time_spent', 'epoch_line', 'epoch_seconds',
+           'free_baselines', 'choices', 'show_rank_lists', 'read_template', 'assigned', 'template_parameters', 'real',
+           'absolute_folders', 'execute', 'forget', 'in_own_file', 'merge_streams', 'publish', 'front_matter',
+           'uncounted', 'read_file', 'printable', 'read_manifest', 'run_status', 'run_folders', 'check_row', 'ledger',
+           'ledger_row', 'add_cost', 'results_table', 'listed_by', 'markdown_table', 'as_record', 'read_records',
+           'last_lines', 'find_run', 'manifest_lines', 'record_lines', 'show_run']
 
 # %% ../nbs/20_runs.ipynb #0003abcd
 import ast
@@ -63,6 +63,13 @@ def get_method(name):
                          "a file such as mine.py, or package.module")
     return importlib.import_module(f"reidbook.methods.{name}").METHOD
 
+def settle(method, dataset, given):  # its class, all settings
+    "A method and the settings of a run, with its plug checked; ValueError when they do not fit."
+    cls = get_method(method)
+    with blame(method), blame(given.get("correct")): full = training.resolve(cls, dataset, **given)
+    training.find_plug(full["correct"])
+    return cls, full
+
 # %% ../nbs/20_runs.ipynb #0012abcd
 PACKAGE = Path(reidbook.__file__).parent
 REPORTING = {"runs", "cli", "site", "bench", "noise"}  # they describe results and do not make them
@@ -112,11 +119,8 @@ def describe(dataset,     # name for `open_dataset`
     if device not in ("auto", "cpu") and not (device.startswith("cuda") and has_gpu):
         more = " or cuda" if has_gpu else "; this machine has no GPU that torch can see"
         raise ValueError(f"device {device!r}: expected auto, cpu{more}")
-    cls = get_method(method)
-    given = settings or {}
-    with blame(method), blame(given.get("correct")): full = training.resolve(cls, dataset, **given)
+    cls, full = settle(method, dataset, settings or {})
     plug = full["correct"]
-    training.find_plug(plug)
     files = given_files(full)
     for path in files.values(): read_state(path)  # a file of another kind is refused here
     contents = {k: file_digest(path) for k, path in files.items()} | {"correct": full_name(plug)}
