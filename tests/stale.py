@@ -4,6 +4,7 @@ import re
 import symtable
 
 READS = re.compile(r"\bledger\(\)|results/|metrics\.jsonl")
+TRAINS = re.compile(r"\btraining\.(start|epochs)\(")  # its digits depend on the processor
 
 
 def bound_and_used(source):
@@ -33,12 +34,12 @@ def read_inside(table):
 
 
 def read_from_files(cells):
-    "Numbers of the code cells that read the ledger or results/, or use what such a cell has bound."
+    "Numbers of the code cells that read the ledger or results/, or use what such a cell has bound (not by training)."
     known, out = set(), []
     for n, cell in enumerate(cells):
         bound, used = bound_and_used(cell.source)
         reads = READS.search(cell.source) and not cell.source.startswith("#| export")
-        if reads or used & known:
+        if reads or (used & known and not TRAINS.search(cell.source)):
             out.append(n)
             known |= bound
         else:

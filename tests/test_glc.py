@@ -101,13 +101,17 @@ def training_set(gold):
 
 @pytest.mark.parametrize("name, gamma", [("ce", 0.0), ("focal", 2.0)])
 def test_loss_and_gradients(gold, net, training_set, name, gamma):
+    "In float64: in float32 some processors round a hidden unit across the kink of the ReLU (1.3e-5 of the largest)."
     inputs, edges, same = training_set
+    inputs = inputs.double()
+    net = {k: v.detach().double().requires_grad_() for k, v in net.items()}
     loss = glc.focal_loss(glc.pair_logits(net, glc.nodes(net, inputs), edges), same, gamma)
     loss.backward()
     assert abs(loss.item() - gold[f"train_{name}_loss"]) < 1e-6
-    for ours, want in [(net["gcn.weight"].grad[:, ::8], "conv_w"), (net["pair.weight"].grad[:4], "head0_w"), (net["pair.slope"].grad, "prelu")]:
+    for ours, want in [(net["gcn.weight"].grad[:, ::8], "conv_w"), (net["pair.weight"].grad[:4], "head0_w"),
+                       (net["pair.slope"].grad, "prelu")]:
         want = gold[f"train_{name}_grad_{want}"]
-        np.testing.assert_allclose(ours, want, atol=1e-5 * np.abs(want).max())
+        np.testing.assert_allclose(ours, want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
 def test_eighty_steps(gold, net, training_set):
