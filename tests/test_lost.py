@@ -1,7 +1,6 @@
 "What changes or is lost between two starts of a run: processes, threads, stages, room, images, workers."
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
