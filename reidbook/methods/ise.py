@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'AS_BASELINE', 'PER_DATASET', 'METHOD', 'strength', 'support_samples', 'hardest', 'label_preserving_loss',
-           'released_loss', 'ISE']
+           'released_loss', 'describe_push', 'ISE']
 
 # %% ../../nbs/15d_methods.ise.ipynb #15de0004
 import math
@@ -107,6 +107,13 @@ PER_DATASET = {
     "synthetic-large": dict(eps=0.6, epochs=50, lr_step=20),
 }
 
+# %% ../../nbs/15d_methods.ise.ipynb #15de001d
+@torch.no_grad()
+def describe_push(x, u, prototypes, labels):  # B x D twice, C x D, B; three numbers
+    "Mean step; the share of images, and of supports, that are nearest to another prototype."
+    away = [((y @ prototypes.T).argmax(1) != labels).float().mean() for y in (x, u)]
+    return torch.stack([(u - x).norm(dim=1).mean(), *away])
+
 # %% ../../nbs/15d_methods.ise.ipynb #15de0017
 class ISE(Baseline):
     "Implicit sample extension: Cluster Contrast with supports (Zhang et al. 2022)."
@@ -124,7 +131,7 @@ class ISE(Baseline):
         s, x = t.settings, F.normalize(t.model(batch.images)[0], dim=1)
         push = strength(min(self.steps, self.total), self.total)
         u, _ = support_samples(x, batch.labels, self.memory.prototypes, push)
-        self.note(x, u, batch.labels)
+        self.pushes.append(describe_push(x, u, self.memory.prototypes, batch.labels))
         batch.feats = torch.cat([x, u]) if s.supports else x
         labels = batch.labels.repeat(len(batch.feats) // len(x))
         terms = {"memory": self.memory(batch.feats, labels)}
@@ -133,12 +140,6 @@ class ISE(Baseline):
                                          instances=s.instances)
             terms["label_preserving"] = s.lp_weight * kept
         return terms
-
-    @torch.no_grad()
-    def note(self, x, u, labels):
-        "How long the steps were; how many images, and how many supports, are nearer to others."
-        away = [((y @ self.memory.prototypes.T).argmax(1) != labels).float().mean() for y in (x, u)]
-        self.pushes.append(torch.stack([(u - x).norm(dim=1).mean(), *away]))
 
     def after_step(self, t, batch):
         "Images write themselves into the prototypes, then their supports."
