@@ -763,8 +763,8 @@ def find_run(word, folder=None) -> Path:
 
 # %% ../nbs/20_runs.ipynb #0070abcd
 SHOWN = ("title", "started", "finished", "parameters", "sources", "weights", "processes",
-         "resumed_after", "starts", "data", "metrics", "best_on_test", "free", "seconds", "time", "peak_memory_mb",
-         "hardware")
+         "resumed_after", "starts", "data", "metrics", "best_on_test", "free", "seconds", "time",
+         "peak_memory_mb", "hardware")
 
 def manifest_lines(m) -> list:
     "What `show` tells of a manifest."
