@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'REPORTING', 'FILES', 'NUMBER', 'NEEDED', 'TEXTS', 'SHARES', 'MINUTES', 'BAD', 'ALWAYS', 'SHOWN',
-           'method_names', 'get_method', 'code_digest', 'given_files', 'file_digest', 'describe', 'setting_words',
-           'method_words', 'run_title', 'changed_settings', 'checkout', 'runs_dir', 'write_json', 'processor',
-           'hardware', 'versions', 'cache_folder', 'now', 'begin', 'first_manifest', 'open_state', 'follower', 'follow',
-           'finish', 'peak_memory', 'time_spent', 'epoch_line', 'epoch_seconds', 'free_baselines', 'choices',
-           'show_rank_lists', 'read_template', 'assigned', 'template_parameters', 'real', 'absolute_folders', 'execute',
-           'forget', 'merge_streams', 'publish', 'front_matter', 'uncounted', 'read_file', 'printable', 'read_manifest',
-           'run_status', 'run_folders', 'check_row', 'ledger', 'ledger_row', 'add_cost', 'results_table', 'listed_by',
-           'markdown_table', 'as_record', 'read_records', 'last_lines', 'find_run', 'manifest_lines', 'record_lines',
-           'show_run']
+           'method_names', 'get_method', 'code_digest', 'path_and_function', 'given_files', 'file_digest', 'describe',
+           'setting_words', 'method_words', 'run_title', 'changed_settings', 'checkout', 'runs_dir', 'write_json',
+           'processor', 'hardware', 'versions', 'cache_folder', 'now', 'begin', 'first_manifest', 'open_state',
+           'follower', 'follow', 'finish', 'peak_memory', 'time_spent', 'epoch_line', 'epoch_seconds', 'free_baselines',
+           'choices', 'show_rank_lists', 'read_template', 'assigned', 'template_parameters', 'real', 'absolute_folders',
+           'execute', 'forget', 'merge_streams', 'publish', 'front_matter', 'uncounted', 'read_file', 'printable',
+           'read_manifest', 'run_status', 'run_folders', 'check_row', 'ledger', 'ledger_row', 'add_cost',
+           'results_table', 'listed_by', 'markdown_table', 'as_record', 'read_records', 'last_lines', 'find_run',
+           'manifest_lines', 'record_lines', 'show_run']
 
 # %% ../nbs/20_runs.ipynb #0003abcd
 import ast
@@ -85,13 +85,19 @@ def code_digest(method, plug="") -> str:
     return hashlib.sha1(source.encode()).hexdigest()[:10]
 
 # %% ../nbs/20_runs.ipynb #0018abcd
-FILES = ("weights", "teacher")  # settings that may name a file
+FILES = ("weights", "teacher", "backbone")  # settings that may name a file
 
 # %% ../nbs/20_runs.ipynb #0019abcd
+def path_and_function(name, value):
+    "What a setting names: ('mine.py', ':network') for a backbone in a file, else (the value, '')."
+    path, colon, function = str(value).rpartition(":")
+    if name == "backbone": return (path, colon + function) if path.endswith(".py") else ("", "")
+    return ("" if value in (None, "", "pretrained", "none") else str(value)), ""
+
 def given_files(settings) -> dict:
     "Setting -> path, for the settings that name a file; FileNotFoundError when it is not there."
-    paths = {k: Path(settings[k]).expanduser() for k in FILES
-             if settings.get(k) not in (None, "", "pretrained", "none")}
+    named = {k: path_and_function(k, settings.get(k))[0] for k in FILES}
+    paths = {k: Path(path).expanduser() for k, path in named.items() if path}
     for k, path in paths.items():
         if not path.is_file(): raise FileNotFoundError(f"{k} {str(path)!r}: no such file")
     return paths
@@ -119,8 +125,10 @@ def describe(dataset,     # name for `open_dataset`
     cls = get_method(method)
     full = training.resolve(cls, dataset, **(settings or {}))
     files = given_files(full)
-    for path in files.values(): read_state(path)  # a file of another kind is refused here
-    contents = {k: file_digest(path) for k, path in files.items()}
+    for k in files:
+        if k != "backbone": read_state(files[k])  # a file of another kind is refused here
+    contents = {k: file_digest(path) + path_and_function(k, full[k])[1]
+                for k, path in files.items()}
     data = open_dataset(dataset, root)
     identity = {"dataset": dataset, "method": method, "seed": seed, "settings": full | contents,
                 "code": code_digest(method, full["correct"]), "data": dataset_digest(data)}
@@ -429,7 +437,8 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
         return out
     here = template.parent.resolve()  # where the kernel works; no machine path gets into a notebook
     near = lambda path: os.path.relpath(real(path), here)
-    files = {k: near(path) for k, path in given_files(settings or {}).items()}
+    files = {k: near(path) + path_and_function(k, settings[k])[1]
+             for k, path in given_files(settings or {}).items()}
     values = {"dataset": dataset, "method": method, "seed": seed, "device": device,
               "root": near(root) if root else None, "out": near(out), "processes": processes,
               "settings": (settings or {}) | files}
