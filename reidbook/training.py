@@ -67,10 +67,12 @@ class Method(Owner):
         s = t.settings
         return create_model(s.backbone, s.weights, pooling=s.pooling,
                             bn_group_size=s.bn_group_size, seed=t.seed)
+    def features(self, t: "State") -> Features:
+        "Of all training images, for `labels` and `start_epoch`: a pass of the network."
+        return features(t, t.images)
     def similarity(self, t: "State", feats, least=None, k2=None):
-        """N x N sparse similarity of `feats`, an N x D array: the Jaccard similarity with k1, k2.
-        Entries below `least` may be missing; None: those that DBSCAN at the setting eps cannot use.
-        Every `labels` that needs a similarity asks here."""
+        """N x N sparse Jaccard similarity of `feats`, N x D; who needs one in `labels` asks here.
+        Entries below `least` may be missing; None: those that DBSCAN at setting eps cannot use."""
         s = t.settings
         least = min_similarity(s.eps) if least is None else least
         return jaccard_similarity(feats, s.k1, k2 or s.k2, min_similarity=least)
@@ -88,9 +90,7 @@ class Method(Owner):
     def after_step(self, t: "State", batch: "Batch"): "Called after the optimiser's step."
     def end_epoch(self, t: "State"):
         "Called after the last batch; a dict of numbers returned here goes into the epoch's record."
-    def network(self, t: "State"):
-        "The network that is tested: the trained one."
-        return t.model
+    def network(self, t: "State"): return t.model  # the network that is tested
     def state(self) -> dict:
         "What must survive a restart besides model, optimiser and labels: tensors and plain data."
         return {}
@@ -296,7 +296,7 @@ STARTS = {"pixels": lambda t: pixel_features(t.images),
 # %% ../nbs/09_training.ipynb #0042abcd
 def make_labels(t):
     "Features of all training images, then this epoch's labels (unless the plan freezes them)."
-    feats = features(t, t.images)
+    feats = t.method.features(t)
     if not (t.plan.freeze and t.labels is not None):
         first, start = feats, t.settings.start
         if t.epoch == 0 and start != "model": first = feats._replace(global_=STARTS[start](t))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from reidbook import clustering, evaluation, memory, models, neighbors, noise
-from reidbook.methods import glc, icsr, mprd, pplr, purification
+from reidbook.methods import glc, icsr, mprd, pplr, purification, spcl
 
 N, D, C = 24, 6, 4
 rng = np.random.default_rng(0)
@@ -104,6 +104,7 @@ CALLS = {
     "affinity_graph": (glc.affinity_graph, dict(features=("matrix", x), k=("count", 5))),
     "decode": (glc.decode, dict(pairs=("pairs", np.stack([np.arange(N), np.roll(np.arange(N), 1)])), scores=("vector", np.full(N, .9)), n=("count", N), t1=("number", 0.6), t2=("number", 0.6), min_size=("count", 2))),
     "correct_labels": (lambda features, labels: glc.correct_labels(features, labels, k=5, subgraphs=(), width=4), dict(features=("matrix", x), labels=("ids", np.zeros(N, int)))),
+    "reliable_labels": (spcl.reliable_labels, dict(similarity=("square", jaccard), eps=("number", 0.5), gap=("number", 0.1), min_samples=("count", 2), threshold=("number", 0.5), share=("number", 0.9))),
     "fuse": (purification.fuse, dict(global_=("square", jaccard), upper=("square", jaccard), lower=("square", jaccard), lambda1=("number", 0.15))),
 }
 if importlib.util.find_spec("faiss"):
