@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import inspect
 import math
-import re
 import traceback
 from collections import OrderedDict
 from functools import lru_cache, partial
@@ -24,8 +23,8 @@ from torch import nn
 import torchvision
 
 from .images import MEAN, STD
-from .models import (CLASSIFIERS, GroupedBatchNorm2d, ReIDModel, fetched, kind_of,
-                             load_state, our_names, read_state)
+from .models import (CLASSIFIERS, GroupedBatchNorm2d, ReIDModel, fetched, load_state,
+                             our_names, read_state)
 
 # %% ../nbs/03b_backbones.ipynb #00080c74
 def place_of(backbone,  # such as "timm:resnet18"
@@ -180,6 +179,7 @@ class Renormalised(nn.Module):
         self.register_buffer("shift", shift, persistent=False)
     def forward(self, images): return self.net(images * self.gain + self.shift)
 
+# %% ../nbs/03b_backbones.ipynb #00370c74
 @torch.no_grad()
 def width_of(net, backbone):
     "Channels of the map that a network makes; ValueError when it makes none."
@@ -192,6 +192,7 @@ def width_of(net, backbone):
     raise ValueError(f"backbone {backbone}: an image of 128 x 64 gave {shape}, expected a map "
                      "2 x C x H x W of the image's form. Transformers: see vit_ names (03a_vit)")
 
+# %% ../nbs/03b_backbones.ipynb #00400c74
 def _made(backbone):
     "A network of torchvision or timm up to its map, and the mean and std that it expects."
     place, name = place_of(backbone)
@@ -219,7 +220,7 @@ def build(backbone, norm_layer):
                          f"its map has {made}")
     return Renormalised(in_groups(net, norm_layer.keywords["group_size"]), mean, std), made
 
-# %% ../nbs/03b_backbones.ipynb #00370c74
+# %% ../nbs/03b_backbones.ipynb #00410c74
 def Network(backbone, pooling="gem", parts=0, bn_group_size=None):
     "`ReIDModel` over a foreign backbone; the arguments are the same."
     return ReIDModel(partial(build, backbone), pooling, parts, bn_group_size)
@@ -229,11 +230,12 @@ def parse(backbone):
     it is made without memory for its weights (torch's meta device), and only for its shapes."""
     with torch.device("meta"): build(backbone, partial(GroupedBatchNorm2d, group_size=None))
 
-# %% ../nbs/03b_backbones.ipynb #00390c74
+# %% ../nbs/03b_backbones.ipynb #00430c74
 def _start_of(backbone, net):
     "The state of the ImageNet start, and a line that names it."
     place, name = place_of(backbone)
-    if place == "lite0": return lite0_state(), f"ImageNet weights of {LITE0[0]} (sha256 {LITE0[2][:8]})"
+    if place == "lite0":
+        return lite0_state(), f"ImageNet weights of {LITE0[0]} (sha256 {LITE0[2][:8]})"
     if place == "torchvision":
         weights = torchvision.models.get_model_weights(name).DEFAULT
         return fetched(weights.url, backbone), f"ImageNet weights {Path(weights.url).name}"
@@ -241,7 +243,8 @@ def _start_of(backbone, net):
     except Exception as e:
         raise FileNotFoundError(f"timm could not get the weights of {name} ({type(e).__name__}): "
                                 "pass weights=FILE, or weights=none") from None
-    return made.state_dict(), f"timm's weights {made.pretrained_cfg['architecture']}.{made.pretrained_cfg['tag']}"
+    about = made.pretrained_cfg
+    return made.state_dict(), f"timm's weights {about['architecture']}.{about['tag']}"
 
 def load_pretrained(model,     # of `Network`
                     backbone,  # its name
