@@ -87,7 +87,7 @@ PRECISIONS = ("bfloat16", "float32")
 SETTINGS = dict(
     height=Setting(256, "height of the images", "pixels", low=16, high=4096),
     width=Setting(128, "width of the images", "pixels", low=16, high=4096),
-    backbone=Setting("resnet50", "the network under the heads; names: 03_models, 03a_vit, 03b_backbones"),
+    backbone=Setting("resnet50", "under the heads; names: 03_models, 03a_vit, 03b_backbones"),
     weights=Setting("pretrained", "its start: pretrained, none, or a file"),
     pooling=Setting("gem", "of the feature map", choices=("gem", "avg")),
     bn_group_size=Setting(64, "normalised together, 256 over the papers' 4 GPUs; 0: the batch",
