@@ -15,7 +15,8 @@ def given_settings(args) -> dict:
     "All settings in a command: those of `-p`, and the ones with a word of their own."
     from reidbook.settings import parse_settings
     settings = parse_settings(args.param)
-    own = {k: getattr(args, k) for k in ("weights", "source", "teacher") if getattr(args, k)}
+    own = {k: getattr(args, k) for k in ("backbone", "weights", "source", "teacher")
+           if getattr(args, k)}
     if args.eval_only: own["epochs"] = 0
     twice = sorted(set(own) & set(settings))
     if twice:
@@ -143,6 +144,8 @@ PLACE = (
 PARAM = ("-p --param", dict(action="append", metavar="NAME=VALUE",
                             help="a setting that differs from its default; may be repeated"))
 SHORT = (
+    ("--backbone", dict(metavar="NAME", help="the network, such as lite0 or timm:resnet18; "
+                                             "as -p backbone=NAME")),
     ("--weights", dict(metavar="FILE",
                        help="a backbone's weights or a whole model; as -p weights=FILE")),
     ("--eval-only", dict(action="store_true",

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'REPORTING', 'FILES', 'STARTED', 'NUMBER', 'NEEDED', 'TEXTS', 'SHARES', 'MINUTES', 'BAD', 'ALWAYS', 'SHOWN',
-           'method_names', 'get_method', 'settle', 'code_digest', 'given_files', 'file_digest', 'describe',
-           'setting_words', 'method_words', 'run_title', 'changed_settings', 'checkout', 'runs_dir', 'write_json',
-           'processor', 'hardware', 'versions', 'cache_folder', 'now', 'begin', 'first_manifest', 'earlier_starts',
-           'this_start', 'keep_copies', 'open_state', 'follower', 'follow', 'finish', 'peak_memory', 'time_spent',
-           'gpu_seconds', 'epoch_line', 'epoch_seconds', 'free_baselines', 'choices', 'show_rank_lists',
+           'method_names', 'get_method', 'settle', 'code_digest', 'path_and_function', 'given_files', 'file_digest',
+           'describe', 'setting_words', 'method_words', 'run_title', 'changed_settings', 'checkout', 'runs_dir',
+           'write_json', 'processor', 'hardware', 'versions', 'cache_folder', 'now', 'begin', 'first_manifest',
+           'earlier_starts', 'this_start', 'keep_copies', 'open_state', 'follower', 'follow', 'finish', 'peak_memory',
+           'time_spent', 'gpu_seconds', 'epoch_line', 'epoch_seconds', 'free_baselines', 'choices', 'show_rank_lists',
            'read_template', 'assigned', 'template_parameters', 'real', 'absolute_folders', 'execute', 'forget',
            'in_own_file', 'merge_streams', 'publish', 'front_matter', 'uncounted', 'read_file', 'printable',
            'read_manifest', 'run_status', 'run_folders', 'check_row', 'ledger', 'ledger_row', 'add_cost',
@@ -89,13 +89,19 @@ def code_digest(method, plug="") -> str:
     return hashlib.sha1(source.encode()).hexdigest()[:10]
 
 # %% ../nbs/20_runs.ipynb #0018abcd
-FILES = ("weights", "teacher")  # settings that may name a file
+FILES = ("weights", "teacher", "backbone")  # settings that may name a file
 
 # %% ../nbs/20_runs.ipynb #0019abcd
+def path_and_function(name, value):
+    "What a setting names: ('mine.py', ':network') for a backbone in a file, else (the value, '')."
+    path, colon, function = str(value).rpartition(":")
+    if name == "backbone": return (path, colon + function) if path.endswith(".py") else ("", "")
+    return ("" if value in (None, "", "pretrained", "none") else str(value)), ""
+
 def given_files(settings) -> dict:
     "Setting -> path, for the settings that name a file; FileNotFoundError when it is not there."
-    paths = {k: Path(settings[k]).expanduser() for k in FILES
-             if settings.get(k) not in (None, "", "pretrained", "none")}
+    named = {k: path_and_function(k, settings.get(k))[0] for k in FILES}
+    paths = {k: Path(path).expanduser() for k, path in named.items() if path}
     for k, path in paths.items():
         if not path.is_file(): raise FileNotFoundError(f"{k} {str(path)!r}: no such file")
     return paths
