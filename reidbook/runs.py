@@ -9,7 +9,7 @@ __all__ = ['PACKAGE', 'REPORTING', 'FILES', 'STARTED', 'NUMBER', 'NEEDED', 'TEXT
            'write_json', 'processor', 'hardware', 'versions', 'cache_folder', 'now', 'begin', 'first_manifest',
            'earlier_starts', 'this_start', 'keep_copies', 'open_state', 'follower', 'follow', 'finish', 'peak_memory',
            'time_spent', 'gpu_seconds', 'epoch_line', 'epoch_seconds', 'free_baselines', 'choices', 'show_rank_lists',
-           'read_template', 'assigned', 'template_parameters', 'real', 'absolute_folders', 'execute', 'forget',
+           'read_template', 'assigned', 'template_parameters', 'real', 'absolute_folders', 'execute', 'kept', 'forget',
            'in_own_file', 'merge_streams', 'publish', 'front_matter', 'uncounted', 'read_file', 'printable',
            'read_manifest', 'run_status', 'run_folders', 'check_row', 'ledger', 'ledger_row', 'add_cost',
            'results_table', 'listed_by', 'markdown_table', 'as_record', 'read_records', 'last_lines', 'find_run',
@@ -129,8 +129,10 @@ def describe(dataset,     # name for `open_dataset`
     cls, full = settle(method, dataset, settings or {})
     plug = full["correct"]
     files = given_files(full)
-    for path in files.values(): read_state(path)  # a file of another kind is refused here
-    contents = {k: file_digest(path) for k, path in files.items()} | {"correct": full_name(plug)}
+    for k in files:
+        if k != "backbone": read_state(files[k])  # a file of another kind is refused here
+    contents = {k: file_digest(path) + path_and_function(k, full[k])[1]
+                for k, path in files.items()} | {"correct": full_name(plug)}
     data = open_dataset(dataset, root)
     identity = {"dataset": dataset, "method": full_name(method), "seed": seed,
                 "settings": full | contents, "code": code_digest(method, plug),
@@ -485,11 +487,12 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
         return out
     here = template.parent.resolve()  # where the kernel works; no machine path gets into a notebook
     near = lambda path: os.path.relpath(real(path), here)
-    files = {k: near(path) for k, path in given_files(settings or {}).items()}
-    kept = lambda word: near(out / f"{plain_name(word)}.py") if is_own(word) and is_file(word) \
-        else word
-    if plug := (settings or {}).get("correct"): files["correct"] = kept(plug)
-    values = {"dataset": dataset, "method": kept(method), "seed": seed, "device": device,
+    files = {k: near(path) + path_and_function(k, settings[k])[1]
+             for k, path in given_files(settings or {}).items()}
+    plug = (settings or {}).get("correct")
+    if is_own(plug): files["correct"] = near(kept(plug, out)) if is_file(plug) else plug
+    word = near(kept(method, out)) if is_own(method) and is_file(method) else method
+    values = {"dataset": dataset, "method": word, "seed": seed, "device": device,
               "root": near(root) if root else None, "out": near(out), "processes": processes,
               "settings": (settings or {}) | files}
     if unknown := sorted(set(values) - known):
@@ -505,6 +508,11 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
         keep_copies(run)
         with absolute_folders(method, plug): return _execute(template, run, values)
     finally: checkpoints.release(out, "notebook")
+
+# %% ../nbs/20_runs.ipynb #27a0bc4c
+def kept(word, out) -> Path:
+    "Where a run in `out` keeps the file of a method of yours."
+    return Path(out, f"{plain_name(word)}.py")
 
 def forget(out):
     "Remove what an earlier start of a run left in its folder."

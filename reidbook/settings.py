@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from .models import BACKBONES, LATER
+from .models import BACKBONES, family
 from .own import is_own, own_class, plain_name
 
 # %% ../nbs/08c_settings.ipynb #0105bbcd
