@@ -6,11 +6,11 @@
 __all__ = ['PACKAGE', 'REPORTING', 'FILES', 'STARTED', 'NUMBER', 'NEEDED', 'TEXTS', 'SHARES', 'MINUTES', 'BAD', 'ALWAYS', 'SHOWN',
            'method_names', 'get_method', 'settle', 'code_digest', 'path_and_function', 'given_files', 'file_digest',
            'describe', 'setting_words', 'method_words', 'run_title', 'changed_settings', 'checkout', 'runs_dir',
-           'write_json', 'processor', 'hardware', 'versions', 'cache_folder', 'now', 'begin', 'first_manifest',
-           'earlier_starts', 'this_start', 'open_state', 'follower', 'follow', 'finish', 'peak_memory', 'time_spent',
-           'gpu_seconds', 'epoch_line', 'epoch_seconds', 'free_baselines', 'choices', 'show_rank_lists',
-           'read_template', 'assigned', 'template_parameters', 'real', 'absolute_folders', 'execute', 'kept',
-           'keep_copies', 'forget', 'in_own_file', 'merge_streams', 'publish', 'front_matter', 'uncounted', 'read_file',
+           'write_json', 'keep_copies', 'processor', 'hardware', 'versions', 'cache_folder', 'now', 'begin',
+           'first_manifest', 'earlier_starts', 'this_start', 'open_state', 'follower', 'follow', 'finish',
+           'peak_memory', 'time_spent', 'gpu_seconds', 'epoch_line', 'epoch_seconds', 'free_baselines', 'choices',
+           'show_rank_lists', 'read_template', 'assigned', 'template_parameters', 'real', 'absolute_folders', 'execute',
+           'kept', 'forget', 'in_own_file', 'merge_streams', 'publish', 'front_matter', 'uncounted', 'read_file',
            'printable', 'read_manifest', 'run_status', 'run_folders', 'check_row', 'ledger', 'ledger_row', 'add_cost',
            'results_table', 'listed_by', 'markdown_table', 'as_record', 'read_records', 'last_lines', 'find_run',
            'manifest_lines', 'record_lines', 'show_run']
@@ -179,6 +179,13 @@ def runs_dir() -> Path:
 def write_json(path, blob):
     "A whole file or the old one."
     checkpoints.write_whole(path, (json.dumps(blob, indent=1, default=str) + "\n").encode())
+
+def keep_copies(run):
+    "Keep the files of a method of yours in the run's folder."
+    for name, path in run.files.items():
+        kept = run.out / name
+        if not (kept.exists() and kept.samefile(path)):
+            checkpoints.write_whole(kept, path.read_bytes())
 
 # %% ../nbs/20_runs.ipynb #0030abcd
 def processor() -> str:
@@ -506,13 +513,6 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
 def kept(word, out) -> Path:
     "Where a run in `out` keeps the file of a method of yours."
     return Path(out, f"{plain_name(word)}.py")
-
-def keep_copies(run):
-    "Keep the files of a method of yours in the run's folder."
-    for name, path in run.files.items():
-        kept = run.out / name
-        if not (kept.exists() and kept.samefile(path)):
-            checkpoints.write_whole(kept, path.read_bytes())
 
 def forget(out):
     "Remove what an earlier start of a run left in its folder."
