@@ -1,6 +1,8 @@
 "What changes or is lost between two starts of a run: processes, threads, stages, room, images, workers."
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +13,9 @@ import pytest
 import torch
 
 from reidbook import runs, training
+from reidbook.data import open_dataset
+from reidbook.methods import glc, icsr
+from reidbook.methods.baseline import Baseline
 
 project = Path(__file__).parent.parent
 SHORT = dict(epochs=3, iterations=3, eval_every=3)
@@ -35,6 +40,9 @@ def in_a_process(root, out, processes=1, epochs=None):
 import os, signal, torch
 torch.set_num_threads(1)
 from reidbook import runs, training
+from reidbook.data import open_dataset
+from reidbook.methods import glc, icsr
+from reidbook.methods.baseline import Baseline
 run = runs.begin("synthetic-tiny", "baseline", 1, {str(root)!r}, "cpu", {str(out)!r}, {SHORT!r}, {processes})
 for r in training.epochs(run.state):
     if r["epoch"] == {epochs}: os.kill(os.getpid(), signal.SIGKILL)
@@ -90,3 +98,84 @@ def test_starts_of_a_strange_manifest_do_not_count(tmp_path):
     for text in ("[]", '{"starts": 7}', "no JSON"):
         (tmp_path / "manifest.json").write_text(text)
         assert runs.earlier_starts(tmp_path) == []
+
+
+# a kill inside a stage and inside a restart
+
+def kill(): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies(owner, name, at):
+    "From now on the process is killed when this function is called and `at(*its arguments)` holds."
+    real = getattr(owner, name)
+    def f(*args, **more):
+        if at(*args, **more): kill()
+        return real(*args, **more)
+    setattr(owner, name, f)
+
+
+def second():
+    "True at the second call."
+    calls = itertools.count(1)
+    return lambda *args, **more: next(calls) == 2
+
+
+def batch_of(epoch):
+    "Is a loss that of the second batch of this epoch (from 0)?"
+    calls = itertools.count(1)
+    return lambda method, t, batch: t.epoch == epoch and next(calls) == 2
+
+
+def renamed_to(name, inside=""): return lambda a, b: Path(b).name == name and inside in str(b)
+
+
+# in the order of a run: each start dies at the next place
+PLACES = {
+    "glc": {
+        "in the correction of the restart": lambda: dies(glc, "correction", lambda *args, seed, **more: seed == 1001),
+        "between its labels and the fresh network": lambda: dies(training, "fresh_network", second()),
+        "in the first epoch of the fresh network": lambda: dies(Baseline, "loss", batch_of(1)),
+        "while that epoch is saved": lambda: dies(os, "replace", renamed_to("checkpoint.pt")),
+        "in an epoch of frozen labels": lambda: dies(Baseline, "loss", batch_of(2))},
+    "icsr": {
+        "in the second epoch of the first camera": lambda: dies(Baseline, "loss", batch_of(1)),
+        "while that epoch is saved": lambda: dies(os, "replace", renamed_to("checkpoint.pt", "camera0")),
+        "between the checksum of a camera and its labels": lambda: dies(os, "replace", renamed_to("result.pt")),
+        "between the labels of a camera and its time": lambda: dies(os, "replace", renamed_to("time.json")),
+        "in the second camera": lambda: dies(Baseline, "loss", batch_of(0)),
+        "in the first epoch on all labels": lambda: dies(icsr, "refine_labels", lambda *args: True)}}
+SETTINGS = {"glc": dict(epochs=3, iterations=3, eval_every=3, glc_restart=1, glc_freeze=1, glc_subgraphs=[4, 2], glc_steps=20, glc_width=16),
+            "icsr": dict(epochs=2, iterations=3, eval_every=2, camera_epochs=2, camera_iterations=3)}
+
+
+def child(root, out, name, place=None):
+    "A child's whole life; it dies at `place`."
+    torch.set_num_threads(1)  # as in conftest: the number of threads is part of the arithmetic
+    if place: PLACES[name][place]()
+    method = {"glc": glc.METHOD, "icsr": icsr.METHOD}[name]
+    settings = training.resolve(method, "synthetic-tiny", **SETTINGS[name])
+    t = training.start(open_dataset("synthetic-tiny", root), method, settings, out=out, device="cpu", cache=root / ".cache", store=out / "stages")
+    for _ in training.epochs(t): pass
+
+
+@pytest.fixture(scope="module")
+def children():
+    "Children that begin with everything imported and nothing computed."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["reidbook.runs", "reidbook.methods.glc", "reidbook.methods.icsr", "faiss", "sklearn.cluster"])
+    return context
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_killed_at_every_place_of_a_stage_and_of_a_restart(root, tmp_path, children, name):
+    "Each start is killed at the next place of the run; the last one ends, with the numbers and the stages of an undisturbed run."
+    def live(out, place=None):
+        process = children.Process(target=child, args=(root, out, name, place))
+        process.start(); process.join()
+        return process.exitcode
+    for place in PLACES[name]: assert live(tmp_path / "killed", place) == -signal.SIGKILL, place
+    assert live(tmp_path / "killed") == live(tmp_path / "whole") == 0
+    killed, whole = (without_times(on_disk(tmp_path / x)) for x in ("killed", "whole"))
+    assert killed == whole
+    labels = [[torch.load(f)["labels"].tolist() for f in sorted((tmp_path / x).glob("stages/*/result.pt"))] for x in ("killed", "whole")]
+    assert labels[0] == labels[1] and len(labels[0]) == {"glc": 0, "icsr": 4}[name]
