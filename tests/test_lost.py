@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -179,3 +180,86 @@ def test_killed_at_every_place_of_a_stage_and_of_a_restart(root, tmp_path, child
     assert killed == whole
     labels = [[torch.load(f)["labels"].tolist() for f in sorted((tmp_path / x).glob("stages/*/result.pt"))] for x in ("killed", "whole")]
     assert labels[0] == labels[1] and len(labels[0]) == {"glc": 0, "icsr": 4}[name]
+
+
+# images that change
+
+@pytest.fixture
+def own(tmp_path):
+    "A data set of one's own, a list of images; each is a colour, and none is seen by two cameras alike."
+    from PIL import Image
+    rng, rows = np.random.default_rng(0), ["path,pid,cam,split"]
+    for split, pids in (("train", range(8)), ("query", range(8, 12)), ("gallery", range(8, 12))):
+        for n, (pid, cam) in enumerate((pid, n % 2) for pid in pids for n in range(6)):
+            pixels = np.clip(np.full((64, 32, 3), 20 * pid) + rng.integers(0, 15, (64, 32, 3)), 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{split}-{n}.bmp")
+            rows.append(f"{split}-{n}.bmp,{pid},{cam},{split}")
+    (tmp_path / "own.csv").write_text("\n".join(rows))
+    return tmp_path / "own.csv"
+
+
+def begin_own(own, out): return runs.begin("csv", "baseline", 1, own, "cpu", out, SHORT | dict(height=64, width=32, backbone="small", weights="pretrained"))
+
+
+def repaint(path, byte=7):
+    "Other pixels, the same size."
+    blob = bytearray(path.read_bytes())
+    blob[-300:] = bytes([byte]) * 300
+    path.write_bytes(blob)
+
+
+@pytest.mark.parametrize("split", ["train", "query"])
+def test_an_image_that_changes_while_a_run_trains(own, tmp_path, split):
+    "The run does not call itself done, and cannot be gone on with, not even when the image is put back."
+    run, image = begin_own(own, tmp_path / "run"), own.with_name(f"{split}-3.bmp")
+    whole = image.read_bytes()
+    steps = training.epochs(run.state)
+    next(steps)
+    repaint(image)
+    list(steps)
+    with pytest.raises(ValueError, match=f"^1 image.*changed while the run trained, first .*{image.name}.*--again"): runs.finish(run)
+    assert runs.read_manifest(tmp_path / "run")["status"] == "running"
+    image.write_bytes(whole)
+    with pytest.raises(ValueError, match="were not always, those that .* began with.*--again"): begin_own(own, tmp_path / "run")
+    runs.forget(tmp_path / "run")
+    again = begin_own(own, tmp_path / "run")
+    list(training.epochs(again.state))
+    assert runs.finish(again)["status"] == "done"
+
+
+def test_images_that_change_between_two_starts(own, tmp_path):
+    "Refused by the next start; gone on with when they are put back, or have another time only. A done run says so too."
+    out, image = tmp_path / "run", own.with_name("train-3.bmp")
+    next(training.epochs(begin_own(own, out).state))
+    whole = image.read_bytes()
+    repaint(image)
+    with pytest.raises(ValueError, match="the images of csv are not.*--again"): begin_own(own, out)
+    image.write_bytes(whole)
+    again = begin_own(own, out)
+    assert again.state.epoch == 1
+    os.utime(image)
+    list(training.epochs(again.state))
+    assert runs.finish(again)["status"] == "done"
+    os.utime(image)
+    begin_own(own, out)
+    repaint(image)
+    with pytest.raises(ValueError, match="the images of csv are not"): begin_own(own, out)
+
+
+def test_images_that_vanish_while_a_run_trains(own, tmp_path):
+    "A gallery image: the next test names it. A training image was read before, but the run is not called done."
+    run = begin_own(own, tmp_path / "run")
+    own.with_name("gallery-3.bmp").unlink()
+    with pytest.raises(ValueError, match="1 of 24 images cannot be read.*\n.*gallery-3.bmp"): list(training.epochs(run.state))
+    with pytest.raises(ValueError, match="1 image.*changed while the run trained, first .*gallery-3.bmp"): runs.finish(run)
+
+
+def test_a_stage_of_other_images_is_not_found(own, tmp_path):
+    "The same names and sizes, other pixels: a stage's result is made of pixels."
+    def folders(out):
+        run = runs.begin("csv", "icsr", 1, own, "cpu", out, dict(epochs=1, iterations=2, camera_epochs=1, camera_iterations=1, height=64, width=32,
+                                                                 backbone="small", weights="pretrained", clustering="dbscan"))
+        return {stage["made"] for stage in run.state.stages}
+    assert folders(tmp_path / "one") == {True} and folders(tmp_path / "two") == {False}
+    repaint(own.with_name("train-3.bmp"))
+    assert folders(tmp_path / "three") == {True}
