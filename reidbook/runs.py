@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'REPORTING', 'FILES', 'STARTED', 'NUMBER', 'NEEDED', 'TEXTS', 'SHARES', 'MINUTES', 'BAD', 'ALWAYS', 'SHOWN',
-           'method_names', 'get_method', 'code_digest', 'given_files', 'file_digest', 'describe', 'setting_words',
-           'method_words', 'run_title', 'changed_settings', 'checkout', 'runs_dir', 'write_json', 'read_file',
-           'printable', 'read_manifest', 'processor', 'hardware', 'versions', 'cache_folder', 'now', 'begin',
-           'image_times', 'image_contents', 'images_of', 'check_unchanged', 'first_manifest', 'earlier_starts',
-           'this_start', 'open_state', 'follower', 'follow', 'finish', 'peak_memory', 'time_spent', 'gpu_seconds',
-           'epoch_line', 'epoch_seconds', 'free_baselines', 'choices', 'show_rank_lists', 'read_template', 'assigned',
-           'template_parameters', 'real', 'absolute_folders', 'execute', 'forget', 'merge_streams', 'publish',
-           'front_matter', 'uncounted', 'run_status', 'run_folders', 'check_row', 'ledger', 'ledger_row', 'add_cost',
-           'results_table', 'listed_by', 'markdown_table', 'as_record', 'read_records', 'last_lines', 'find_run',
-           'manifest_lines', 'record_lines', 'show_run']
+           'method_names', 'get_method', 'settle', 'code_digest', 'path_and_function', 'given_files', 'file_digest',
+           'describe', 'setting_words', 'method_words', 'run_title', 'changed_settings', 'checkout', 'runs_dir',
+           'write_json', 'kept', 'keep_copies', 'read_file', 'printable', 'read_manifest', 'processor', 'hardware',
+           'versions', 'cache_folder', 'now', 'begin', 'image_times', 'image_contents', 'images_of', 'check_unchanged',
+           'first_manifest', 'earlier_starts', 'this_start', 'open_state', 'follower', 'follow', 'finish',
+           'peak_memory', 'time_spent', 'gpu_seconds', 'epoch_line', 'epoch_seconds', 'free_baselines', 'choices',
+           'show_rank_lists', 'read_template', 'assigned', 'template_parameters', 'real', 'absolute_folders', 'execute',
+           'forget', 'in_own_file', 'merge_streams', 'publish', 'front_matter', 'uncounted', 'run_status',
+           'run_folders', 'check_row', 'ledger', 'ledger_row', 'add_cost', 'results_table', 'listed_by',
+           'markdown_table', 'as_record', 'read_records', 'last_lines', 'find_run', 'manifest_lines', 'record_lines',
+           'show_run']
 
 # %% ../nbs/20_runs.ipynb #0003abcd
 import ast
@@ -24,6 +25,7 @@ import json
 import os
 import pkgutil
 import platform
+import re
 import resource
 import sys
 from datetime import datetime, timezone
@@ -44,6 +46,10 @@ from . import checkpoints, images, parallel, training
 from .data import column, data_root, dataset_digest, digest_of, open_dataset, SPLITS
 from .images import load_images
 from .models import read_state
+from reidbook.own import (
+    bare, blame, copies, full_name, imported, is_file, is_own, own_class, own_source, plain_name,
+    search_path,
+)
 from .settings import is_a, LARGEST
 
 # %% ../nbs/20_runs.ipynb #0007abcd
@@ -52,28 +58,24 @@ def method_names() -> list:
     return sorted(m.name for m in pkgutil.iter_modules(reidbook.methods.__path__))
 
 def get_method(name):
-    "The `Method` class of that name."
+    "The `Method` class of that name, or of a file or module of yours."
+    if is_own(name): return own_class(name, "METHOD", training.Method, ("labels", "loss"))
     if name not in method_names():
         expected = ", ".join(method_names())
-        raise ValueError(f"unknown method {name!r}: expected one of {expected}")
+        raise ValueError(f"unknown method {name!r}: expected one of {expected}, "
+                         "a file such as mine.py, or package.module")
     return importlib.import_module(f"reidbook.methods.{name}").METHOD
+
+def settle(method, dataset, given):  # its class, all settings
+    "A method and the settings of a run, with its plug checked; ValueError when they do not fit."
+    cls = get_method(method)
+    with blame(method), blame(given.get("correct")): full = training.resolve(cls, dataset, **given)
+    training.find_plug(full["correct"])
+    return cls, full
 
 # %% ../nbs/20_runs.ipynb #0012abcd
 PACKAGE = Path(reidbook.__file__).parent
 REPORTING = {"runs", "cli", "site", "bench", "noise"}  # they describe results and do not make them
-
-# %% ../nbs/20_runs.ipynb #0013abcd
-def _is_text(node): return isinstance(node, ast.Constant) and isinstance(node.value, str)
-
-def _bare(source):
-    "Python source without comments, docstrings and layout."
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            code = [n for n in body if not (isinstance(n, ast.Expr) and _is_text(n.value))]
-            node.body = code or [ast.Pass()]
-    return ast.unparse(tree)
 
 # %% ../nbs/20_runs.ipynb #0016abcd
 def code_digest(method, plug="") -> str:
@@ -81,18 +83,27 @@ def code_digest(method, plug="") -> str:
     with."""
     modules = sorted(PACKAGE.glob("*.py"))
     files = [f for f in modules if f.stem not in REPORTING and not f.stem.startswith("_")]
-    methods = sorted({"baseline", method, plug} - {""})
-    files += [PACKAGE / "methods" / f"{name}.py" for name in methods]
-    source = "\n".join(_bare(f.read_text(encoding="utf-8")) for f in files)
+    own = [own_source(word) for word in (method, plug) if is_own(word)]
+    named = {"baseline", method, plug} | {name.removeprefix("reidbook.methods.") for source in own
+                                          for name in imported(source, "reidbook.methods")}
+    files += [PACKAGE / "methods" / f"{name}.py" for name in sorted(named & set(method_names()))]
+    source = "\n".join([bare(f.read_text(encoding="utf-8")) for f in files] + own)
     return hashlib.sha1(source.encode()).hexdigest()[:10]
 
+# %% ../nbs/20_runs.ipynb #0018abcd
+FILES = ("weights", "teacher", "backbone")  # settings that may name a file
+
 # %% ../nbs/20_runs.ipynb #0019abcd
-FILES = ("weights", "teacher")  # settings that may name a file
+def path_and_function(name, value):
+    "What a setting names: ('mine.py', ':network') for a backbone in a file, else (the value, '')."
+    path, colon, function = str(value).rpartition(":")
+    if name == "backbone": return (path, colon + function) if path.endswith(".py") else ("", "")
+    return ("" if value in (None, "", "pretrained", "none") else str(value)), ""
 
 def given_files(settings) -> dict:
     "Setting -> path, for the settings that name a file; FileNotFoundError when it is not there."
-    paths = {k: Path(settings[k]).expanduser() for k in FILES
-             if settings.get(k) not in (None, "", "pretrained", "none")}
+    named = {k: path_and_function(k, settings.get(k))[0] for k in FILES}
+    paths = {k: Path(path).expanduser() for k, path in named.items() if path}
     for k, path in paths.items():
         if not path.is_file(): raise FileNotFoundError(f"{k} {str(path)!r}: no such file")
     return paths
@@ -104,12 +115,12 @@ def file_digest(path) -> str:
 
 # %% ../nbs/20_runs.ipynb #0021abcd
 def describe(dataset,     # name for `open_dataset`
-             method,      # name of a method
+             method,      # name of a method, or a file or module with one
              seed=1,
              root=None,   # folder that holds the data sets
              device="auto",
              settings=None,  # dict of settings that differ from the defaults
-             ):           # namespace: dataset, method, settings, parameters, run_id, name
+             ):           # namespace: dataset, method, settings, identity, run_id, name, files
     "Check everything that can be checked before a run starts, and name the run."
     if not is_a(int, seed) or seed < 0:
         raise ValueError(f"seed {seed!r:.80}: expected a whole number from 0 to {LARGEST}")
@@ -117,19 +128,22 @@ def describe(dataset,     # name for `open_dataset`
     if device not in ("auto", "cpu") and not (device.startswith("cuda") and has_gpu):
         more = " or cuda" if has_gpu else "; this machine has no GPU that torch can see"
         raise ValueError(f"device {device!r}: expected auto, cpu{more}")
-    cls = get_method(method)
-    full = training.resolve(cls, dataset, **(settings or {}))
+    cls, full = settle(method, dataset, settings or {})
+    plug = full["correct"]
     files = given_files(full)
-    for path in files.values(): read_state(path)  # a file of another kind is refused here
-    contents = {k: file_digest(path) for k, path in files.items()}
+    for k in files:
+        if k != "backbone": read_state(files[k])  # a file of another kind is refused here
+    contents = {k: file_digest(path) + path_and_function(k, full[k])[1]
+                for k, path in files.items()} | {"correct": full_name(plug)}
     data = open_dataset(dataset, root)
-    identity = {"dataset": dataset, "method": method, "seed": seed, "settings": full | contents,
-                "code": code_digest(method, full["correct"]), "data": dataset_digest(data)}
+    identity = {"dataset": dataset, "method": full_name(method), "seed": seed,
+                "settings": full | contents, "code": code_digest(method, plug),
+                "data": dataset_digest(data)}
     text = json.dumps(identity, sort_keys=True, default=str)
     run_id = hashlib.sha1(text.encode()).hexdigest()[:10]
     return SimpleNamespace(dataset=data, method=cls, device=device, settings=full,
-                           identity=identity, run_id=run_id,
-                           name=f"{dataset}-{method}-s{seed}-{run_id}")
+                           identity=identity, run_id=run_id, files=copies(method, plug),
+                           name=f"{dataset}-{plain_name(method)}-s{seed}-{run_id}")
 
 # %% ../nbs/20_runs.ipynb #20a2c0de
 def setting_words(name, value) -> str:
@@ -167,6 +181,17 @@ def runs_dir() -> Path:
 def write_json(path, blob):
     "A whole file or the old one."
     checkpoints.write_whole(path, (json.dumps(blob, indent=1, default=str) + "\n").encode())
+
+def kept(word, out) -> Path:
+    "Where a run in `out` keeps the file of a method of yours."
+    return Path(out, f"{plain_name(word)}.py")
+
+def keep_copies(run):
+    "Keep the files of a method of yours in the run's folder."
+    for name, path in run.files.items():
+        kept = run.out / name
+        if not (kept.exists() and kept.samefile(path)):
+            checkpoints.write_whole(kept, path.read_bytes())
 
 # %% ../nbs/20_runs.ipynb #0055abcd
 def read_file(path, errors="strict") -> str:
@@ -228,6 +253,7 @@ def begin(dataset, method, seed=1, root=None, device="auto", out=None, settings=
     parallel.check(processes, run.settings, device)
     run.out = Path(out) if out else runs_dir() / run.name
     checkpoints.hold(run.out, patience=20)
+    keep_copies(run)
     earlier, run.times = earlier_starts(run.out), image_times(run.dataset)
     run.manifest = first_manifest(run, settings or {}, processes) | {"starts": earlier}
     run.manifest["data"]["images"] = images_of(run)
@@ -286,14 +312,17 @@ def check_unchanged(run):
 # %% ../nbs/20_runs.ipynb #0231abcd
 def first_manifest(run, settings, processes) -> dict:
     "What is known of a run before it trains."
-    files = {k: run.identity["settings"][k] for k in given_files(settings)}
+    named = run.identity["settings"]
+    files = {k: named[k] for k in given_files(settings)}
+    if is_own(settings.get("correct")): files["correct"] = named["correct"]
     parameters = {k: run.identity[k] for k in ("dataset", "method", "seed")}
     parameters["settings"] = settings
     splits = {k: len(getattr(run.dataset, k)) for k in ("train", "query", "gallery")}
     return {"run_id": run.run_id, "name": run.name,
             "title": run_title(**parameters | {"settings": settings | files}),
             "status": "running", "started": now(), "finished": None,
-            "parameters": parameters, "files": files, "settings": run.settings,
+            "parameters": parameters, "files": files, "sources": list(run.files) or None,
+            "settings": run.settings | {"correct": named["correct"]},
             "code": run.identity["code"], "hardware": hardware(), "versions": versions(),
             "processes": processes,
             "data": {"name": run.dataset.name, "digest": run.identity["data"], **splits}}
@@ -492,12 +521,19 @@ def real(path) -> Path:
     return path.parent.resolve() / path.name
 
 @contextlib.contextmanager
-def absolute_folders(names=("REIDBOOK_DATA", "REIDBOOK_RUNS")):
-    "While a kernel runs, these variables of the environment name folders from the root on."
-    before = {name: os.environ[name] for name in names if os.environ.get(name)}
-    os.environ.update({k: str(Path(v).expanduser().absolute()) for k, v in before.items()})
+def absolute_folders(*words,  # methods and plugs of the run
+                     names=("REIDBOOK_DATA", "REIDBOOK_RUNS")):
+    """While a kernel runs, variables of the environment name folders from the root on, and Python
+    finds the packages of these methods."""
+    before = {name: os.environ.get(name) for name in (*names, "PYTHONPATH")}
+    given = {k: str(Path(before[k]).expanduser().absolute()) for k in names if before[k]}
+    path = search_path(*words)
+    os.environ.update(given | ({"PYTHONPATH": path} if path else {}))
     try: yield
-    finally: os.environ.update(before)
+    finally:
+        for name, value in before.items():
+            if value is None: os.environ.pop(name, None)
+            else: os.environ[name] = value
 
 # %% ../nbs/20_runs.ipynb #0050abcd
 def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
@@ -520,8 +556,12 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
         return out
     here = template.parent.resolve()  # where the kernel works; no machine path gets into a notebook
     near = lambda path: os.path.relpath(real(path), here)
-    files = {k: near(path) for k, path in given_files(settings or {}).items()}
-    values = {"dataset": dataset, "method": method, "seed": seed, "device": device,
+    files = {k: near(path) + path_and_function(k, settings[k])[1]
+             for k, path in given_files(settings or {}).items()}
+    plug = (settings or {}).get("correct")
+    if is_own(plug): files["correct"] = near(kept(plug, out)) if is_file(plug) else plug
+    word = near(kept(method, out)) if is_own(method) and is_file(method) else method
+    values = {"dataset": dataset, "method": word, "seed": seed, "device": device,
               "root": near(root) if root else None, "out": near(out), "processes": processes,
               "settings": (settings or {}) | files}
     if unknown := sorted(set(values) - known):
@@ -533,9 +573,12 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
         checkpoints.hold(out, patience=20)
         checkpoints.release(out)
         if again: forget(out)
-        with absolute_folders(): return _execute(template, out, values)
+        run.out = out
+        keep_copies(run)
+        with absolute_folders(method, plug): return _execute(template, run, values)
     finally: checkpoints.release(out, "notebook")
 
+# %% ../nbs/20_runs.ipynb #27a0bc4c
 def forget(out):
     "Remove what an earlier start of a run left in its folder."
     written = "metrics.jsonl", "free.json", "manifest.json", "run.ipynb"
@@ -543,10 +586,19 @@ def forget(out):
         (out / name).unlink(missing_ok=True)
 
 # %% ../nbs/20_runs.ipynb #0051abcd
-def _execute(template, out, values):
+def in_own_file(run, lines) -> str:
+    "`mine.py, line 3: `, where a kernel's traceback is last in a file of yours, or nothing."
+    ends = {f"{run.out.name}/{name}": path.name for name, path in run.files.items()}
+    ends |= {"/".join(path.parts[-2:]): path.name for path in run.files.values()}
+    text = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(lines))
+    ends = {end: name for end, name in ends.items() if f"{end}:" in text}
+    found = re.findall(rf"({'|'.join(map(re.escape, ends))}):(\d+)", text) if ends else []
+    return f"{ends[found[-1][0]]}, line {found[-1][1]}: " if found else ""
+
+def _execute(template, run, values):
     "papermill, then the check that the run itself says it is done, then the rename."
     import papermill
-    partial = out / "_partial.ipynb"
+    out, partial = run.out, run.out / "_partial.ipynb"
     error = "the kernel ended early"
     plain = lambda p: str(p).replace("{", "{{").replace("}", "}}")  # papermill fills in braces
     try:
@@ -554,7 +606,8 @@ def _execute(template, out, values):
             plain(template), plain(partial), parameters=values, kernel_name="python3",
             cwd=template.parent, progress_bar=False, log_output=False, stdout_file=sys.stdout,
             autosave_cell_every=30, extra_arguments=["--log-level=ERROR"])
-    except papermill.exceptions.PapermillExecutionError as e: error = f"{e.ename}: {e.evalue}"
+    except papermill.exceptions.PapermillExecutionError as e:
+        error = f"{in_own_file(run, e.traceback)}{e.ename}: {e.evalue}"
     except Exception as e: error = f"{type(e).__name__}: {e}"
     manifest = read_manifest(out) or {}
     if manifest.get("status") != "done":
@@ -771,9 +824,9 @@ def find_run(word, folder=None) -> Path:
     raise ValueError(f"run {word!r}: {len(found)} runs fit: {names}")
 
 # %% ../nbs/20_runs.ipynb #0070abcd
-SHOWN = ("title", "started", "finished", "parameters", "weights", "processes", "resumed_after",
-         "starts", "data", "metrics", "best_on_test", "free", "seconds", "time", "peak_memory_mb",
-         "hardware")
+SHOWN = ("title", "started", "finished", "parameters", "sources", "weights", "processes",
+         "resumed_after", "starts", "data", "metrics", "best_on_test", "free", "seconds", "time",
+         "peak_memory_mb", "hardware")
 
 def manifest_lines(m) -> list:
     "What `show` tells of a manifest."
