@@ -122,6 +122,7 @@ def describe(dataset,     # name for `open_dataset`
     for path in files.values(): read_state(path)  # a file of another kind is refused here
     contents = {k: file_digest(path) for k, path in files.items()}
     data = open_dataset(dataset, root)
+    training.check_cameras(full, data)
     identity = {"dataset": dataset, "method": method, "seed": seed, "settings": full | contents,
                 "code": code_digest(method, full["correct"]), "data": dataset_digest(data)}
     text = json.dumps(identity, sort_keys=True, default=str)

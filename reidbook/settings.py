@@ -79,7 +79,8 @@ def in_words(setting) -> str:
     bounds = " ".join(b for b in bounds if b)
     if kind is list:
         shortest, longest = setting.count
-        return f"a list of {shortest} to {longest} whole numbers {bounds}"
+        length = shortest if shortest == longest else f"{shortest} to {longest}"
+        return f"a list of {length} whole numbers {bounds}"
     return f"{KINDS[kind]} {bounds}".strip()
 
 # %% ../nbs/08c_settings.ipynb #0008abcd
@@ -110,6 +111,14 @@ SETTINGS = dict(
     jitter=Setting(0.0, "strength of changes to the colours", low=0, high=1),
     k1=Setting(30, "in a list of the Jaccard similarity", "neighbours", low=1),
     k2=Setting(6, "averaged in its query expansion; 1: none", "lists", low=1),
+    distance=Setting("jaccard", "of images: jaccard; camera: aware of cameras (04b), not of k1, k2",
+                     choices=("jaccard", "camera")),
+    camera_k1=Setting([5, 20], "in a list of the own camera, and of the others", "neighbours",
+                      low=1, count=(2, 2)),
+    camera_k2=Setting([2, 4], "averaged of either list", "lists", low=1, count=(2, 2)),
+    warm_k2=Setting([3, 3], "the same in the first epoch", "lists", low=1, count=(2, 2)),
+    camera_lists=Setting("end", "after a camera's last image they end; released: they run over",
+                         choices=("end", "released")),
     eps=Setting(0.6, "largest distance of neighbours in DBSCAN", above=0, high=1),
     min_samples=Setting(4, "that make one of them a core of DBSCAN", "images", low=1),
     start=Setting("model", "what makes the first labels; other than model: held for three epochs",
@@ -128,7 +137,8 @@ SETTINGS = dict(
 # %% ../nbs/08c_settings.ipynb #0010abcd
 SYNTHETIC = dict(height=64, width=32, backbone="small", bn_group_size=16, epochs=10, iterations=60,
                  batch_size=64, instances=4, lr=1e-3, lr_step=7, pad=4, erase=0.3, jitter=0.2,
-                 k1=12, k2=4, eps=0.6, eval_every=1)
+                 k1=12, k2=4, camera_k1=[2, 8], camera_k2=[2, 2], warm_k2=[2, 2], eps=0.6,
+                 eval_every=1)
 DATASETS = {
     "msmt17": dict(iterations=400),
     "veri776": dict(height=224, width=224, iterations=400),
@@ -208,7 +218,7 @@ def plug_name(method, dataset, given) -> str:
     own = method.settings | by_dataset(method.datasets, dataset, given.get("source", ""))
     return given.get("correct") or defaults(own).get("correct", "")
 
-RELEASED = dict(sampler="released", erase_fill="released")
+RELEASED = dict(sampler="released", erase_fill="released", camera_lists="released")
 
 def layers(method, dataset, given) -> list:
     "Pairs of origin and values, each on top of those before it; what you gave comes last."
