@@ -29,7 +29,7 @@ setup(
     package_data={"reidbook": ["book.mplstyle", "weights/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={group: lines(f"{group}_requirements") for group in ("dev", "cluster", "export", "site")},
+    extras_require={group: lines(f"{group}_requirements") for group in ("dev", "cluster", "export", "photos", "site")},
     entry_points={"console_scripts": lines("console_scripts")},
     zip_safe=False,
 )

@@ -26,6 +26,7 @@ import yaml
 
 from . import checkpoints, runs
 from .parallel import check, leashed
+from .own import absolute
 from .settings import is_a
 
 # %% ../nbs/20b_batch.ipynb #0006abcd
@@ -70,9 +71,10 @@ def read_grid(file) -> list:
 def run_words(wanted,       # one run of `grid`
               root=None, device="auto", processes=1) -> list:
     "The words that make one run, after `reidbook`."
-    words = ["run", "--dataset", wanted["dataset"], "--method", wanted["method"],
+    words = ["run", "--dataset", wanted["dataset"], "--method", absolute(wanted["method"]),
              "--seed", str(wanted["seed"]), "--device", device, "--processes", str(processes)]
-    words += [x for k, v in wanted["settings"].items() for x in ("-p", f"{k}={json.dumps(v)}")]
+    settings = {k: absolute(v) if k == "correct" else v for k, v in wanted["settings"].items()}
+    words += [x for k, v in settings.items() for x in ("-p", f"{k}={json.dumps(v)}")]
     return words + (["--root", str(Path(root).absolute())] if root else [])
 
 # %% ../nbs/20b_batch.ipynb #0019abcd

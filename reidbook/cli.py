@@ -15,7 +15,8 @@ def given_settings(args) -> dict:
     "All settings in a command: those of `-p`, and the ones with a word of their own."
     from reidbook.settings import parse_settings
     settings = parse_settings(args.param)
-    own = {k: getattr(args, k) for k in ("weights", "source", "teacher") if getattr(args, k)}
+    own = {k: getattr(args, k) for k in ("backbone", "weights", "source", "teacher")
+           if getattr(args, k)}
     if args.eval_only: own["epochs"] = 0
     twice = sorted(set(own) & set(settings))
     if twice:
@@ -47,9 +48,9 @@ def run(args):
 def settings_text(args) -> str:
     "All settings of a run as a table."
     from reidbook import runs
-    from reidbook.settings import resolve, settings_rows
-    method = runs.get_method(args.method or "baseline")
-    rows = settings_rows(resolve(method, args.dataset, **given_settings(args)))
+    from reidbook.settings import settings_rows
+    _, settings = runs.settle(args.method or "baseline", args.dataset, given_settings(args))
+    rows = settings_rows(settings)
     columns = ("name", "value", "from", "allowed", "unit", "meaning")
     lines = [columns, *([str(row[c]) for c in columns] for row in rows)]
     wide = [max(len(line[i]) for line in lines) for i in range(len(columns) - 1)] + [0]
@@ -143,6 +144,8 @@ PLACE = (
 PARAM = ("-p --param", dict(action="append", metavar="NAME=VALUE",
                             help="a setting that differs from its default; may be repeated"))
 SHORT = (
+    ("--backbone", dict(metavar="NAME", help="the network, such as lite0 or timm:resnet18; "
+                                             "as -p backbone=NAME")),
     ("--weights", dict(metavar="FILE",
                        help="a backbone's weights or a whole model; as -p weights=FILE")),
     ("--eval-only", dict(action="store_true",
@@ -159,7 +162,7 @@ class Help(argparse.Action):
         parser.print_help()
         if namespace.method:
             try: print("\nsettings:\n" + settings_text(namespace))
-            except ValueError as e: parser.error(str(e))
+            except (ValueError, FileNotFoundError) as e: parser.error(str(e))
         parser.exit()
 
 # %% ../nbs/25_cli.ipynb #0041bbcd
@@ -167,7 +170,8 @@ RUN = (
     ("-h --help", dict(action=Help, nargs=0,
                        help="this; behind --method X also all settings of X")),
     ("--dataset", dict(default="synthetic-small", metavar="NAME")),
-    ("--method", dict(metavar="NAME", help="default: baseline")),
+    ("--method", dict(metavar="NAME", help="a shipped method, a file such as mine.py, or "
+                                           "package.module; default: baseline")),
     ("--seed", dict(type=whole(0), default=1, metavar="N")),
     ("--again", dict(action="store_true", help="repeat a run that is done")),
     ("--show-settings", dict(action="store_true",

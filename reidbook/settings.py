@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import yaml
 
-from .models import BACKBONES, LATER
+from .models import BACKBONES, family
+from .own import is_own, own_class, plain_name
 
 # %% ../nbs/08c_settings.ipynb #0105bbcd
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ PRECISIONS = ("bfloat16", "float32")
 SETTINGS = dict(
     height=Setting(256, "height of the images", "pixels", low=16, high=4096),
     width=Setting(128, "width of the images", "pixels", low=16, high=4096),
-    backbone=Setting("resnet50", "the network under the heads; a name of 03_models or 03a_vit"),
+    backbone=Setting("resnet50", "under the heads; names: 03_models, 03a_vit, 03b_backbones"),
     weights=Setting("pretrained", "its start: pretrained, none, or a file"),
     pooling=Setting("gem", "of the feature map", choices=("gem", "avg")),
     bn_group_size=Setting(64, "normalised together, 256 over the papers' 4 GPUs; 0: the batch",
@@ -207,6 +208,7 @@ def plug_class(name) -> type[Owner]:
     """The plug of that name; for the empty name, an owner of no settings.
     ValueError when there is none."""
     if not name: return Owner
+    if is_own(name): return own_class(name, "PLUG", Owner)
     try: return importlib.import_module(f"reidbook.methods.{name}").PLUG
     except (ImportError, AttributeError):
         raise ValueError(f"setting correct={name!r}: there is no reidbook.methods.{name} "
@@ -226,8 +228,8 @@ def layers(method, dataset, given) -> list:
     plug = plug_class(name)
     quirks = RELEASED | plug.released | method.released if given.get("released") else {}
     return [("loop", SETTINGS), (f"loop, for {dataset}", by_dataset(DATASETS, dataset)),
-            (f"plug {name}", plug.settings),
-            (f"plug {name}, for {dataset}", by_dataset(plug.datasets, dataset, source)),
+            (f"plug {plain_name(name)}", plug.settings),
+            (f"plug {plain_name(name)}, for {dataset}", by_dataset(plug.datasets, dataset, source)),
             ("method", method.settings),
             (f"method, for {dataset}", by_dataset(method.datasets, dataset, source)),
             ("released code", quirks), ("you", given)]
@@ -259,11 +261,11 @@ def resolve(method,      # a Method class, or another owner
 # %% ../nbs/08c_settings.ipynb #0120bbcd
 def known_backbone(name):
     "ValueError when no network has this name."
-    family = name.split("_")[0]
-    if family in LATER: importlib.import_module(LATER[family]).parse(name)
+    if family(name): importlib.import_module(family(name)).parse(name)
     elif name not in BACKBONES:
-        others = ", ".join(f"{word}_..." for word in LATER)
-        raise ValueError(f"backbone {name!r}: expected one of {', '.join(BACKBONES)}, {others}")
+        raise ValueError(f"backbone {name!r}: expected one of {', '.join(BACKBONES)}, vit_... "
+                         "(03a_vit), lite0, torchvision:NAME, timm:NAME or FILE.py:FUNCTION "
+                         "(03b_backbones)")
 
 def check_together(s):
     "ValueError for settings of the loop that do not go together, whatever the method."

@@ -40,6 +40,7 @@ from reidbook.models import (
 )
 from .neighbors import camera_jaccard, jaccard_similarity
 from .noise import label_quality
+from .own import is_own, own_class
 from .settings import Owner, plug_class, resolve, Setting as Setting, Settings
 from .synthetic import histogram_features, pixel_features
 
@@ -128,6 +129,7 @@ class Plug(Owner):
 # %% ../nbs/09_training.ipynb #0021abcd
 def find_plug(name):
     "The `Plug` class of that name; the empty name is the plug that does nothing."
+    if is_own(name): return own_class(name, "PLUG", Plug)
     return plug_class(name) if name else Plug
 
 # %% ../nbs/09_training.ipynb #0191abcd

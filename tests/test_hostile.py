@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from reidbook import clustering, evaluation, memory, models, neighbors, noise
-from reidbook.methods import glc, icsr, mprd, pplr, purification, spcl
+from reidbook.methods import glc, icsr, ise, mprd, pplr, purification, spcl
 
 N, D, C = 24, 6, 4
 rng = np.random.default_rng(0)
@@ -105,6 +105,11 @@ CALLS = {
     "decode": (glc.decode, dict(pairs=("pairs", np.stack([np.arange(N), np.roll(np.arange(N), 1)])), scores=("vector", np.full(N, .9)), n=("count", N), t1=("number", 0.6), t2=("number", 0.6), min_size=("count", 2))),
     "correct_labels": (lambda features, labels: glc.correct_labels(features, labels, k=5, subgraphs=(), width=4), dict(features=("matrix", x), labels=("ids", np.zeros(N, int)))),
     "reliable_labels": (spcl.reliable_labels, dict(similarity=("square", jaccard), eps=("number", 0.5), gap=("number", 0.1), min_samples=("count", 2), threshold=("number", 0.5), share=("number", 0.9))),
+    "strength": (ise.strength, dict(step=("count", 3), total_steps=("count", 9))),
+    "support_samples": (ise.support_samples, dict(features=("batch", x), targets=("ids", labels), prototypes=("batch", protos), strength=("number", 0.5))),
+    "label_preserving_loss": (ise.label_preserving_loss, dict(features=("batch", x), supports=("batch", x), targets=("ids", labels), temperature=("number", 0.6))),
+    "released_label_preserving_loss": (lambda features, supports, targets, instances: ise.label_preserving_loss(features, supports, targets, compat=True, instances=instances),
+                                       dict(features=("batch", x), supports=("batch", x), targets=("ids", labels), instances=("count", 6))),
     "fuse": (purification.fuse, dict(global_=("square", jaccard), upper=("square", jaccard), lower=("square", jaccard), lambda1=("number", 0.15))),
 }
 if importlib.util.find_spec("faiss"):
@@ -156,7 +161,8 @@ def leaves(result):
     return [np.asarray(result)]
 
 
-LOSSES = {"info_nce", "ClusterMemory", "HybridMemory", "soft_triplet_loss", "pglr_loss", "aals_loss", "inter_camera_loss", "mean_update", "hard_update", "fuse", "fuse_similarities", "extract_features"}
+LOSSES = {"info_nce", "ClusterMemory", "HybridMemory", "soft_triplet_loss", "pglr_loss", "aals_loss", "inter_camera_loss", "mean_update", "hard_update", "fuse", "fuse_similarities", "extract_features",
+          "support_samples", "label_preserving_loss", "released_label_preserving_loss"}
 
 
 def sane(name, argument, what, result):
