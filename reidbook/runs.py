@@ -113,12 +113,12 @@ def file_digest(path) -> str:
 
 # %% ../nbs/20_runs.ipynb #0021abcd
 def describe(dataset,     # name for `open_dataset`
-             method,      # name of a method
+             method,      # name of a method, or a file or module with one
              seed=1,
              root=None,   # folder that holds the data sets
              device="auto",
              settings=None,  # dict of settings that differ from the defaults
-             ):           # namespace: dataset, method, settings, parameters, run_id, name
+             ):           # namespace: dataset, method, settings, identity, run_id, name, files
     "Check everything that can be checked before a run starts, and name the run."
     if not is_a(int, seed) or seed < 0:
         raise ValueError(f"seed {seed!r:.80}: expected a whole number from 0 to {LARGEST}")
@@ -126,20 +126,23 @@ def describe(dataset,     # name for `open_dataset`
     if device not in ("auto", "cpu") and not (device.startswith("cuda") and has_gpu):
         more = " or cuda" if has_gpu else "; this machine has no GPU that torch can see"
         raise ValueError(f"device {device!r}: expected auto, cpu{more}")
-    cls = get_method(method)
-    full = training.resolve(cls, dataset, **(settings or {}))
+    cls, full = settle(method, dataset, settings or {})
+    plug = full["correct"]
     files = given_files(full)
-    for path in files.values(): read_state(path)  # a file of another kind is refused here
-    contents = {k: file_digest(path) for k, path in files.items()}
+    for k in files:
+        if k != "backbone": read_state(files[k])  # a file of another kind is refused here
+    contents = {k: file_digest(path) + path_and_function(k, full[k])[1]
+                for k, path in files.items()} | {"correct": full_name(plug)}
     data = open_dataset(dataset, root)
     training.check_cameras(full, data)
-    identity = {"dataset": dataset, "method": method, "seed": seed, "settings": full | contents,
-                "code": code_digest(method, full["correct"]), "data": dataset_digest(data)}
+    identity = {"dataset": dataset, "method": full_name(method), "seed": seed,
+                "settings": full | contents, "code": code_digest(method, plug),
+                "data": dataset_digest(data)}
     text = json.dumps(identity, sort_keys=True, default=str)
     run_id = hashlib.sha1(text.encode()).hexdigest()[:10]
     return SimpleNamespace(dataset=data, method=cls, device=device, settings=full,
-                           identity=identity, run_id=run_id,
-                           name=f"{dataset}-{method}-s{seed}-{run_id}")
+                           identity=identity, run_id=run_id, files=copies(method, plug),
+                           name=f"{dataset}-{plain_name(method)}-s{seed}-{run_id}")
 
 # %% ../nbs/20_runs.ipynb #20a2c0de
 def setting_words(name, value) -> str:
