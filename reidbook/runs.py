@@ -136,6 +136,7 @@ def describe(dataset,     # name for `open_dataset`
     contents = {k: file_digest(path) + path_and_function(k, full[k])[1]
                 for k, path in files.items()} | {"correct": full_name(plug)}
     data = open_dataset(dataset, root)
+    training.check_cameras(full, data)
     identity = {"dataset": dataset, "method": full_name(method), "seed": seed,
                 "settings": full | contents, "code": code_digest(method, plug),
                 "data": dataset_digest(data)}
