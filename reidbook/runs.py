@@ -294,8 +294,8 @@ def images_of(run) -> dict:
     contents = kept["contents"] if same else image_contents(list(run.times))
     started = any((run.out / name).exists() for name in checkpoints.CHECKPOINTS)
     if started and ("changed" in before or kept.get("contents", contents) != contents):
-        raise ValueError(f"the images of {run.dataset.name} are not, or were not always, those that "
-                         f"{run.out.name} began with: begin it afresh with --again")
+        raise ValueError(f"the images of {run.dataset.name} are not, or were not always, those "
+                         f"that {run.out.name} began with: begin it afresh with --again")
     return {"times": times, "contents": contents}
 
 def check_unchanged(run):
@@ -306,8 +306,8 @@ def check_unchanged(run):
     if not changed or None not in now.values() and image_contents(list(now)) == contents: return
     run.manifest["changed"] = [os.path.relpath(path, run.dataset.root) for path in changed[:5]]
     write_json(run.out / "manifest.json", run.manifest)
-    raise ValueError(f"{len(changed)} image(s) of {run.dataset.name} changed while the run trained, "
-                     f"first {changed[0]}: its tests may mix both states; begin it afresh with "
+    raise ValueError(f"{len(changed)} image(s) of {run.dataset.name} changed while the run "
+                     f"trained, first {changed[0]}: its tests may mix both states; begin it afresh with "
                      "--again")
 
 # %% ../nbs/20_runs.ipynb #0231abcd
