@@ -307,8 +307,8 @@ def check_unchanged(run):
     run.manifest["changed"] = [os.path.relpath(path, run.dataset.root) for path in changed[:5]]
     write_json(run.out / "manifest.json", run.manifest)
     raise ValueError(f"{len(changed)} image(s) of {run.dataset.name} changed while the run "
-                     f"trained, first {changed[0]}: its tests may mix both states; begin it afresh with "
-                     "--again")
+                     f"trained, first {changed[0]}: its tests may mix both states; begin it "
+                     "afresh with --again")
 
 # %% ../nbs/20_runs.ipynb #0231abcd
 def first_manifest(run, settings, processes) -> dict:
