@@ -145,7 +145,7 @@ SYNTHETIC = dict(height=64, width=32, backbone="small", bn_group_size=16, epochs
                  batch_size=64, instances=4, lr=1e-3, lr_step=7, pad=4, erase=0.3, jitter=0.2,
                  k1=12, k2=4, camera_k1=[2, 8], camera_k2=[2, 2], warm_k2=[2, 2], eps=0.6,
                  eval_every=1)
-DATASETS = {
+DATASETS: dict[str, dict] = {
     "msmt17": dict(iterations=400),
     "veri776": dict(height=224, width=224, iterations=400),
     "synthetic": SYNTHETIC,
