@@ -13,7 +13,7 @@ import inspect
 import math
 import traceback
 from collections import OrderedDict
-from functools import lru_cache, partial
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -118,8 +118,9 @@ def _own(path, name, norm_layer):
                      "expected a torch network and the width of its map")
 
 # %% ../nbs/03b_backbones.ipynb #00290c74
-class _InGroups:
+class _InGroups(nn.BatchNorm2d):
     "Mix-in for a batch norm of any kind: training normalises every `group_size` images alone."
+    group_size: int | None
     def forward(self, x):
         size = self.group_size
         if not self.training or not size or len(x) <= size: return super().forward(x)
@@ -130,17 +131,15 @@ class _InGroups:
         self.momentum = momentum
         return torch.cat([first, *rest])
 
-@lru_cache
-def _in_groups(cls): return type(f"Grouped{cls.__name__}", (_InGroups, cls), {})
-
 def in_groups(net,   # changed in place
               group_size,  # images normalised together; None: the whole batch
               ):
     "The network, its batch norms over maps normalising in groups in training."
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d) and not isinstance(module, GroupedBatchNorm2d):
-            module.__class__ = _in_groups(type(module))
-            module.group_size = group_size
+            kind = type(module)
+            both = (_InGroups,) if kind is nn.BatchNorm2d else (_InGroups, kind)
+            module.__class__ = type(f"Grouped{kind.__name__}", both, {"group_size": group_size})
     return net
 
 # %% ../nbs/03b_backbones.ipynb #00330c74
@@ -218,7 +217,8 @@ def build(backbone, norm_layer):
     if said not in (None, made):
         raise ValueError(f"backbone {backbone}: the function says {said} channels, "
                          f"its map has {made}")
-    return Renormalised(in_groups(net, norm_layer.keywords["group_size"]), mean, std), made
+    net = Renormalised(in_groups(net, norm_layer.keywords["group_size"]), mean, std)
+    return net.to(memory_format=torch.channels_last), made  # faster, on a CPU too
 
 # %% ../nbs/03b_backbones.ipynb #00410c74
 def Network(backbone, pooling="gem", parts=0, bn_group_size=None):

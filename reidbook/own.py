@@ -159,7 +159,8 @@ def bound_at(word, name, owner=None) -> str:
     "`mine.py, line 9`: where a name, of a class or of the module, is last given a value."
     tree = ast.parse(Path(own_module(word).__file__).read_bytes())
     classes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == owner]
-    names = [n for n in ast.walk((classes or [tree])[-1]) if isinstance(n, ast.Name)]
+    scope = classes[-1] if classes else tree
+    names = [n for n in ast.walk(scope) if isinstance(n, ast.Name)]
     lines = [n.lineno for n in names if n.id == name and isinstance(n.ctx, ast.Store)]
     return f"{word}, line {max(lines)}" if lines else str(word)
 
@@ -201,7 +202,7 @@ def bare(source) -> str:
         body = getattr(node, "body", None)
         if isinstance(body, list):
             code = [n for n in body if not (isinstance(n, ast.Expr) and _is_text(n.value))]
-            node.body = code or [ast.Pass()]
+            body[:] = code or [ast.Pass()]
     return ast.unparse(tree)
 
 # %% ../nbs/08a_own.ipynb #3c4417c1

@@ -6,14 +6,15 @@
 __all__ = ['PACKAGE', 'REPORTING', 'FILES', 'STARTED', 'NUMBER', 'NEEDED', 'TEXTS', 'SHARES', 'MINUTES', 'BAD', 'ALWAYS', 'SHOWN',
            'method_names', 'get_method', 'settle', 'code_digest', 'path_and_function', 'given_files', 'file_digest',
            'describe', 'setting_words', 'method_words', 'run_title', 'changed_settings', 'checkout', 'runs_dir',
-           'write_json', 'keep_copies', 'processor', 'hardware', 'versions', 'cache_folder', 'now', 'begin',
+           'write_json', 'kept', 'keep_copies', 'read_file', 'printable', 'read_manifest', 'processor', 'hardware',
+           'versions', 'cache_folder', 'now', 'begin', 'image_times', 'image_contents', 'images_of', 'check_unchanged',
            'first_manifest', 'earlier_starts', 'this_start', 'open_state', 'follower', 'follow', 'finish',
            'peak_memory', 'time_spent', 'gpu_seconds', 'epoch_line', 'epoch_seconds', 'free_baselines', 'choices',
            'show_rank_lists', 'read_template', 'assigned', 'template_parameters', 'real', 'absolute_folders', 'execute',
-           'kept', 'forget', 'in_own_file', 'merge_streams', 'publish', 'front_matter', 'uncounted', 'read_file',
-           'printable', 'read_manifest', 'run_status', 'run_folders', 'check_row', 'ledger', 'ledger_row', 'add_cost',
-           'results_table', 'listed_by', 'markdown_table', 'as_record', 'read_records', 'last_lines', 'find_run',
-           'manifest_lines', 'record_lines', 'show_run']
+           'forget', 'in_own_file', 'merge_streams', 'publish', 'front_matter', 'uncounted', 'run_status',
+           'run_folders', 'check_row', 'ledger', 'ledger_row', 'add_cost', 'results_table', 'listed_by',
+           'markdown_table', 'as_record', 'read_records', 'last_lines', 'find_run', 'manifest_lines', 'record_lines',
+           'show_run']
 
 # %% ../nbs/20_runs.ipynb #0003abcd
 import ast
@@ -29,6 +30,7 @@ import resource
 import sys
 from datetime import datetime, timezone
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,8 +42,8 @@ import yaml
 import reidbook
 import reidbook.methods
 from . import adaptation  # noqa: F401 (it registers the stage that `source` asks for)
-from . import checkpoints, parallel, training
-from .data import column, data_root, dataset_digest, open_dataset
+from . import checkpoints, images, parallel, training
+from .data import column, data_root, dataset_digest, digest_of, open_dataset, SPLITS
 from .images import load_images
 from .models import read_state
 from reidbook.own import (
@@ -134,6 +136,7 @@ def describe(dataset,     # name for `open_dataset`
     contents = {k: file_digest(path) + path_and_function(k, full[k])[1]
                 for k, path in files.items()} | {"correct": full_name(plug)}
     data = open_dataset(dataset, root)
+    training.check_cameras(full, data)
     identity = {"dataset": dataset, "method": full_name(method), "seed": seed,
                 "settings": full | contents, "code": code_digest(method, plug),
                 "data": dataset_digest(data)}
@@ -180,12 +183,33 @@ def write_json(path, blob):
     "A whole file or the old one."
     checkpoints.write_whole(path, (json.dumps(blob, indent=1, default=str) + "\n").encode())
 
+def kept(word, out) -> Path:
+    "Where a run in `out` keeps the file of a method of yours."
+    return Path(out, f"{plain_name(word)}.py")
+
 def keep_copies(run):
     "Keep the files of a method of yours in the run's folder."
     for name, path in run.files.items():
         kept = run.out / name
         if not (kept.exists() and kept.samefile(path)):
             checkpoints.write_whole(kept, path.read_bytes())
+
+# %% ../nbs/20_runs.ipynb #0055abcd
+def read_file(path, errors="strict") -> str:
+    "The text of a file; ValueError for a folder, and for a pipe, which would never end."
+    path = Path(path)
+    if path.exists() and not path.is_file(): raise ValueError(f"{path.name} is no file")
+    return path.read_text(encoding="utf-8", errors=errors)
+
+def printable(text) -> str:
+    "A text on one line, without the signs that a terminal would obey."
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in str(text))
+
+def read_manifest(folder):
+    "The manifest in `folder`, or None when there is none or it cannot be read."
+    try: manifest = json.loads(read_file(Path(folder) / "manifest.json"))
+    except (OSError, ValueError, RecursionError): return None
+    return manifest if isinstance(manifest, dict) else None
 
 # %% ../nbs/20_runs.ipynb #0030abcd
 def processor() -> str:
@@ -231,8 +255,9 @@ def begin(dataset, method, seed=1, root=None, device="auto", out=None, settings=
     run.out = Path(out) if out else runs_dir() / run.name
     checkpoints.hold(run.out, patience=20)
     keep_copies(run)
-    earlier = earlier_starts(run.out)
+    earlier, run.times = earlier_starts(run.out), image_times(run.dataset)
     run.manifest = first_manifest(run, settings or {}, processes) | {"starts": earlier}
+    run.manifest["data"]["images"] = images_of(run)
     write_json(run.out / "manifest.json", run.manifest)
     if processes > 1:
         words = follower(dataset, method, seed, root, device, settings, run.out)
@@ -243,6 +268,47 @@ def begin(dataset, method, seed=1, root=None, device="auto", out=None, settings=
     earlier.append(this_start(run))
     write_json(run.out / "manifest.json", run.manifest)
     return run
+
+# %% ../nbs/20_runs.ipynb #10570002
+def image_times(dataset) -> dict:
+    "Path of every image, sorted -> its size and time of change; None where there is no file."
+    def stamp(path):
+        try: info = os.stat(path)
+        except OSError: return None
+        return info.st_size, info.st_mtime_ns
+    tables = [table for split in SPLITS if (table := getattr(dataset, split)) is not None]
+    return {path: stamp(path) for path in sorted({str(p) for t in tables for p in t.path})}
+
+def image_contents(paths) -> str:
+    "A digest of the contents of these files."
+    read = lambda start, stop: [file_digest(path) for path in paths[start:stop]]
+    return digest_of(*chain.from_iterable(images.parallel(read, len(paths), desc="images")))
+
+def images_of(run) -> dict:
+    """Digests of the times and contents of a run's images; ValueError when an earlier start, which
+    this one goes on from, saw others."""
+    before, root = read_manifest(run.out) or {}, run.dataset.root
+    kept = before.get("data", {}).get("images", {})
+    times = digest_of(*((os.path.relpath(p, root), t) for p, t in run.times.items()))
+    same = kept.get("times") == times
+    contents = kept["contents"] if same else image_contents(list(run.times))
+    started = any((run.out / name).exists() for name in checkpoints.CHECKPOINTS)
+    if started and ("changed" in before or kept.get("contents", contents) != contents):
+        raise ValueError(f"the images of {run.dataset.name} are not, or were not always, those "
+                         f"that {run.out.name} began with: begin it afresh with --again")
+    return {"times": times, "contents": contents}
+
+def check_unchanged(run):
+    "ValueError when images changed since this start; the manifest keeps that they did."
+    now = image_times(run.dataset)
+    changed = [path for path, stamp in run.times.items() if now[path] != stamp]
+    contents = run.manifest["data"]["images"]["contents"]
+    if not changed or None not in now.values() and image_contents(list(now)) == contents: return
+    run.manifest["changed"] = [os.path.relpath(path, run.dataset.root) for path in changed[:5]]
+    write_json(run.out / "manifest.json", run.manifest)
+    raise ValueError(f"{len(changed)} image(s) of {run.dataset.name} changed while the run "
+                     f"trained, first {changed[0]}: its tests may mix both states; begin it "
+                     "afresh with --again")
 
 # %% ../nbs/20_runs.ipynb #0231abcd
 def first_manifest(run, settings, processes) -> dict:
@@ -282,6 +348,7 @@ def open_state(run, root):
     "The training state of a described run."
     files = {k: run.identity["settings"].get(k) for k in FILES}  # by content
     identity = {k: run.identity[k] for k in ("code", "data")} | files
+    identity["images"] = read_manifest(run.out)["data"]["images"]["contents"]
     return training.start(run.dataset, run.method, run.settings, run.identity["seed"], run.out,
                           run.device, cache=cache_folder(root),
                           store=run.out.parent / "stages", identity=identity)
@@ -307,6 +374,7 @@ def finish(run,          # from `begin`
            result=None,  # from `training.test`: the result of a run that only evaluates
            **more):      # entries for the manifest
     "Close a run: the last epoch is the result, best-on-test stands beside it; `done` is written."
+    check_unchanged(run)
     history = run.state.history
     last = history[-1] if history else training.describe_test(result)
     tested = [r for r in history if "mAP" in r]
@@ -483,6 +551,8 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
     out = runs_dir() / run.name
     done = (read_manifest(out) or {}).get("status") == "done" and (out / "run.ipynb").exists()
     if done and not again:
+        run.out, run.times = out, image_times(run.dataset)
+        images_of(run)
         print(f"already done: {out / 'run.ipynb'} (repeat it with --again)")
         return out
     here = template.parent.resolve()  # where the kernel works; no machine path gets into a notebook
@@ -510,10 +580,6 @@ def execute(dataset, method, seed=1, root=None, device="auto", settings=None,
     finally: checkpoints.release(out, "notebook")
 
 # %% ../nbs/20_runs.ipynb #27a0bc4c
-def kept(word, out) -> Path:
-    "Where a run in `out` keeps the file of a method of yours."
-    return Path(out, f"{plain_name(word)}.py")
-
 def forget(out):
     "Remove what an earlier start of a run left in its folder."
     written = "metrics.jsonl", "free.json", "manifest.json", "run.ipynb"
@@ -595,23 +661,6 @@ def uncounted(outputs) -> list:
     for o in outputs:
         if "execution_count" in o: o.execution_count = None
     return merge_streams(outputs)
-
-# %% ../nbs/20_runs.ipynb #0055abcd
-def read_file(path, errors="strict") -> str:
-    "The text of a file; ValueError for a folder, and for a pipe, which would never end."
-    path = Path(path)
-    if path.exists() and not path.is_file(): raise ValueError(f"{path.name} is no file")
-    return path.read_text(encoding="utf-8", errors=errors)
-
-def printable(text) -> str:
-    "A text on one line, without the signs that a terminal would obey."
-    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in str(text))
-
-def read_manifest(folder):
-    "The manifest in `folder`, or None when there is none or it cannot be read."
-    try: manifest = json.loads(read_file(Path(folder) / "manifest.json"))
-    except (OSError, ValueError, RecursionError): return None
-    return manifest if isinstance(manifest, dict) else None
 
 # %% ../nbs/20_runs.ipynb #0057abcd
 NUMBER = (int, float)

@@ -40,10 +40,10 @@ def test_every_quirk_is_set_and_can_be_taken_back(name):
     cls = runs.get_method(name)
     s = training.resolve(cls, "market1501", released=True)
     assert {k: s[k] for k in QUIRKS[name]} == QUIRKS[name]
-    assert (s.sampler, s.erase_fill) == ("released", "released")
+    assert (s.sampler, s.erase_fill, s.camera_lists) == ("released", "released", "released")
     plain = training.resolve(cls, "market1501")
     changed = {k for k in s if s[k] != plain[k]}
-    assert changed <= {"released", "sampler", "erase_fill", *QUIRKS[name]}
+    assert changed <= {"released", "sampler", "erase_fill", "camera_lists", *QUIRKS[name]}
     assert all(s.origins[k] == "released code" for k in changed - {"released"})
     assert training.resolve(cls, "market1501", released=True, sampler="dealt").sampler == "dealt"
 

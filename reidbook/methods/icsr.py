@@ -211,7 +211,8 @@ def devices(device) -> list:
 
 # %% ../../nbs/12_methods.icsr.ipynb #0076abcd
 # settings of the loop that stage 1 does not use
-STAGE_TWO = {"eps", "min_samples", "eval_every", "correct"}
+STAGE_TWO = {"eps", "min_samples", "eval_every", "correct",
+             "distance", "camera_k1", "camera_k2", "warm_k2", "camera_lists"}
 
 def camera_settings(s) -> dict:
     "The settings of stage 1, from the run's."
@@ -289,6 +290,13 @@ class ICSR(Baseline):
     released = dict(nodes="last", nodes_from="infomap")
 
     def __init__(self): self.counts = {}
+
+    @staticmethod
+    def check(s):
+        "Infomap clusters a graph of inner products, which no setting makes aware of cameras."
+        if s.distance == "camera" and s.clustering == "infomap":
+            raise ValueError("setting distance=camera: clustering=infomap looks at no distance; "
+                             "take clustering=dbscan or agglomerative as well")
 
     def prepare(self, t):
         "Stage 1, once."
