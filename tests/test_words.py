@@ -27,6 +27,8 @@ MODULES += [f"methods.{m.name}" for m in pkgutil.iter_modules(reidbook.methods._
 METHODS = [importlib.import_module(f"reidbook.methods.{m.name}") for m in pkgutil.iter_modules(reidbook.methods.__path__)]
 OWN = [getattr(m, name) for m in METHODS for name in ("METHOD", "PLUG") if hasattr(m, name)]
 SETTINGS = set(settings.SETTINGS).union(*(cls.settings for cls in OWN), *(d for cls in OWN for d in cls.datasets.values()))
+EXAMPLES = "\n".join(path.read_text() for path in sorted((ROOT / "nbs" / "examples").glob("*.py")))
+SETTINGS |= set(re.findall(r"(\w+)=Setting\(", EXAMPLES))
 SPELT = "vermillion,nd,ond,basline"  # our spelling, names, and a mistake that a page makes on purpose
 FENCE = re.compile(r"^(`{3,}).*?^\1[ \t]*$", re.M | re.S)
 
