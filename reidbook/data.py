@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'IMAGE_TYPES', 'TEMPORARY', 'CACHED_FROM', 'BOXES', 'PID_CA
            'new_temporary', 'write_atomic', 'no_link', 'sweep', 'cache_root', 'digest_of', 'list_images', 'parse_names',
            'Layout', 'looks_like', 'find_folder', 'make_table', 'relabel', 'read_split', 'assemble', 'read_layout',
            'read_list', 'read_msmt17', 'read_luperson', 'read_folder', 'read_csv', 'read_synthetic', 'open_dataset',
-           'camera_matrix', 'dataset_digest', 'file_lines', 'Pair', 'open_pair']
+           'camera_matrix', 'hold_out', 'dataset_digest', 'file_lines', 'Pair', 'open_pair']
 
 # %% ../nbs/01_data.ipynb #0003abcd
 import hashlib, importlib, json, os, re, secrets, time, warnings
@@ -46,6 +46,7 @@ class Dataset:
     gallery: pd.DataFrame
     variant: str = ""      # which of several layouts or editions was found
     notes: tuple = ()      # what the reader skipped or wants known
+    held_out: float = 0    # share of the training identities that are the test; see `hold_out`
 
     def __getattribute__(self, key):
         value = object.__getattribute__(self, key)
@@ -582,6 +583,31 @@ def camera_matrix(table) -> pd.DataFrame:  # ids x cameras, number of images
         raise ValueError(f"the table has the columns {list(table)}; "
                          "ids and cameras are both needed")
     return pd.crosstab(table["pid"], table["cam"])
+
+# %% ../nbs/01_data.ipynb #7a11d002
+def hold_out(dataset,  # a Dataset with identities
+             share,    # of the training identities; 0: the data set as it is
+             ) -> Dataset:
+    """The data set whose training lacks a share of its identities; they are its query and gallery.
+    One image of each identity and camera asks. ValueError when there are too few identities."""
+    if dataset.held_out == share: return dataset
+    pids = column(dataset.train, "pid")
+    if pids is None:
+        raise ValueError(f"setting validate={share:g}: the identities of {dataset.name}'s training "
+                         "images are unknown; take validate=0")
+    known = np.random.default_rng(0).permutation(np.unique(pids))
+    count = round(share * len(known))
+    if min(count, len(known) - count) < 2:
+        raise ValueError(f"setting validate={share:g}: of {len(known)} identities {count} would be "
+                         "held out; at least 2 are needed on each side")
+    out = np.isin(pids, known[:count])
+    kept, asked = dataset.train[~out].copy(), dataset.train[out].reset_index(drop=True)
+    kept["pid"] = np.unique(kept.pid, return_inverse=True)[1]
+    again = asked.duplicated([name for name in ("pid", "cam") if name in asked])
+    tables = [t.reset_index(drop=True) for t in (kept, asked[~again], asked[again])]
+    note = f"{count} of {len(known)} training identities are the test: validate={share:g}"
+    return Dataset(dataset.name, dataset.root, *tables, dataset.variant,
+                   (*dataset.notes, note), held_out=share)
 
 # %% ../nbs/01_data.ipynb #5d0e7a32
 def dataset_digest(dataset) -> str:

@@ -43,7 +43,9 @@ import reidbook
 import reidbook.methods
 from . import adaptation  # noqa: F401 (it registers the stage that `source` asks for)
 from . import checkpoints, images, parallel, training
-from .data import column, data_root, dataset_digest, digest_of, open_dataset, SPLITS
+from reidbook.data import (
+    column, data_root, dataset_digest, digest_of, hold_out, open_dataset, SPLITS,
+)
 from .images import load_images
 from .models import read_state
 from reidbook.own import (
@@ -135,7 +137,7 @@ def describe(dataset,     # name for `open_dataset`
         if k != "backbone": read_state(files[k])  # a file of another kind is refused here
     contents = {k: file_digest(path) + path_and_function(k, full[k])[1]
                 for k, path in files.items()} | {"correct": full_name(plug)}
-    data = open_dataset(dataset, root)
+    data = hold_out(open_dataset(dataset, root), full["validate"])
     training.check_cameras(full, data)
     identity = {"dataset": dataset, "method": full_name(method), "seed": seed,
                 "settings": full | contents, "code": code_digest(method, plug),

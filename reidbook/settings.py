@@ -134,6 +134,8 @@ SETTINGS = dict(
                       choices=("auto", "adam", "sgd")),
     correct=Setting("", "a plug that corrects any method's labels, such as glc"),
     eval_every=Setting(10, "between two tests; the last is always tested", "epochs", low=1),
+    validate=Setting(0.0, "of the training identities, which are the test in place of the test's",
+                     "share", low=0, high=0.9),
     precision=Setting("bfloat16", "inside the network on a GPU; a CPU computes in float32",
                       choices=PRECISIONS),
     released=Setting(False, "bring back every quirk of the released code that has a setting"),

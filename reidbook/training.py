@@ -31,7 +31,7 @@ from reidbook.checkpoints import (
     hold, load_checkpoint, read_checkpoint, save_checkpoint, stage as stage, start_clock, timed,
 )
 from .clustering import min_similarity
-from .data import column, Dataset
+from .data import column, Dataset, hold_out
 from .images import load_images, train_transform
 from .sampling import pk_batches
 from .evaluation import evaluate
@@ -216,6 +216,7 @@ def start(dataset,        # a data.Dataset
     """Open images, build the network and its optimiser;
     continue from `out`'s checkpoint when there is one."""
     s = resolve(method, dataset.name) if settings is None else Settings(settings)
+    dataset = hold_out(dataset, s.validate)
     check_cameras(s, dataset)
     t = State(dataset=dataset, method=method(), plug=find_plug(s.correct)(), settings=s, seed=seed,
               device=pick_device(device), out=Path(out) if out else None, cache=cache,

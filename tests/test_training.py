@@ -154,3 +154,22 @@ def test_names_that_moved_work_with_a_warning():
     with pytest.warns(DeprecationWarning, match="checkpoints.in_use"): assert training.in_use is checkpoints.in_use
     assert training.Setting is settings.Setting and training.stage is checkpoints.stage  # methods use them: no warning
     with pytest.raises(AttributeError, match="no attribute 'nothing'"): training.nothing
+
+
+def test_validation_identities_are_the_test(tiny):
+    "The network never sees them, and every method, with or without a stage, is scored on them."
+    t = run(tiny, validate=0.25)
+    assert t.dataset.train.pid.nunique() == 12 and len(t.images) == len(t.dataset.train) < len(tiny.train)
+    assert set(t.dataset.query.path) < set(tiny.train.path) and not set(t.dataset.query.path) & set(t.dataset.train.path)
+    assert t.history[-1]["mAP"] != run(tiny).history[-1]["mAP"]
+
+
+@pytest.mark.parametrize("method", ["icsr", "purification"])
+def test_stages_of_a_validated_run_know_its_images(tiny, tmp_path, method):
+    from reidbook import runs
+    d = runs.describe("synthetic-tiny", method, 1, tiny.root.parent, "cpu", dict(epochs=1, iterations=2, validate=0.25))
+    plain = runs.describe("synthetic-tiny", method, 1, tiny.root.parent, "cpu", dict(epochs=1, iterations=2))
+    assert d.identity["data"] != plain.identity["data"] and d.run_id != plain.run_id
+    t = training.start(d.dataset, d.method, d.settings, store=tmp_path / "stages", identity=d.identity)
+    for _ in training.epochs(t): pass
+    assert t.dataset.held_out == 0.25 and 0 < t.history[-1]["mAP"] <= 1

@@ -195,7 +195,7 @@ def train_camera(t,         # the run's state
     data = Dataset(t.dataset.name, t.dataset.root,
                    t.dataset.train.iloc[rows].drop(columns="pid", errors="ignore"), None, None)
     with opening:
-        one = training.start(data, CameraStage, settings, t.seed, folder, device,
+        one = training.start(data, CameraStage, settings | {"validate": 0}, t.seed, folder, device,
                              images=t.images[rows])
     for _ in training.epochs(one): pass
     found: CameraStage = one.method
