@@ -12,11 +12,11 @@ __all__ = ['CODE', 'RUN_FIELDS', 'NUMBER', 'RUN_KEYS', 'TAGS', 'SCRIPT', 'OPTION
            'output_markdown', 'cell_markdown', 'page_address', 'href', 'link_pages', 'page_link', 'sidebar_html',
            'way_html', 'facts_html', 'listing_html', 'read_page', 'picture_saver', 'page_words', 'render_page',
            'search_entries', 'render_plain', 'replace_folder', 'build_site', 'readme_text', 'readme_prose',
-           'readme_output', 'make_readme', 'parse_errors', 'check_link', 'check_page', 'check_site', 'check_cells',
-           'check_prose', 'check_notebook', 'check_sources']
+           'readme_output', 'make_readme', 'parse_errors', 'check_link', 'check_page', 'check_site', 'mixes_imports',
+           'check_cells', 'check_prose', 'check_notebook', 'check_sources']
 
 # %% ../nbs/24_site.ipynb #0003abcd
-import html, importlib.util, json, math, os, re, shutil, subprocess, sys
+import ast, html, importlib.util, json, math, os, re, shutil, subprocess, sys
 from base64 import b64decode
 from collections import Counter
 from datetime import date
@@ -761,6 +761,14 @@ def check_site(folder, root=None) -> list:  # "page: problem", empty when all is
     return problems + [f"{f}: not in the site" for f in wanted if not there(f)]
 
 # %% ../nbs/24_site.ipynb #0120abcd
+def mixes_imports(source) -> bool:
+    "Does a cell import and do something else? What a string or a cell magic holds is neither."
+    if source.startswith("%%"): return False
+    try: steps = ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M)).body
+    except SyntaxError: return False
+    imports = [isinstance(step, (ast.Import, ast.ImportFrom)) for step in steps]
+    return any(imports) and not all(imports)
+
 def check_cells(cells) -> list:
     "Problems of the cells of a chapter that nbdev or Quarto would stumble over."
     problems, exported = [], False
@@ -770,14 +778,11 @@ def check_cells(cells) -> list:
         taken = r"^#\|\s{2,}(exports?|exporti|hide|default_exp|exec_doc|filter_stream)\b"
         problems += [f"cell {n}: an option goes on with nbdev's word {word!r}: "
                      "break the line elsewhere" for word in re.findall(taken, cell.source, re.M)]
-        lines = [l for l in cell.source.splitlines() if l.strip() and not l.startswith("#")]
-        imports = [l for l in lines if re.match(r"(?:import|from)\s", l)]
         if cell.cell_type == "code":
             problems += [f"cell {n} ended with {o.ename}: {o.evalue[:80]}" for o in cell.outputs
                          if o.output_type == "error"]
             marked = bool(re.match(r"(?:#\|.*\n)*#\|\s*export\b", cell.source))
-            other = [l for l in lines if re.match(r"[A-Za-z_]", l) and l not in imports]
-            if imports and other and not marked:
+            if mixes_imports(cell.source) and not marked:
                 problems.append(f"cell {n} mixes imports with other code")
             exported |= marked and bool(re.search(r"^(?:def|class) [a-zA-Z]", cell.source, re.M))
         elif exported and re.search(r"^```\{?mermaid", cell.source, re.M):
