@@ -77,7 +77,7 @@ def settle(method, dataset, given):  # its class, all settings
 
 # %% ../nbs/20_runs.ipynb #0012abcd
 PACKAGE = Path(reidbook.__file__).parent
-REPORTING = {"runs", "cli", "site", "bench", "noise"}  # they describe results and do not make them
+REPORTING = {"runs", "cli", "site", "bench", "noise", "seeds"}  # they describe results and do not make them
 
 # %% ../nbs/20_runs.ipynb #0016abcd
 def code_digest(method, plug="") -> str:

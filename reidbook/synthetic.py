@@ -57,6 +57,8 @@ PRESETS = {
     "synthetic-lookalike": Preset("Failure case: half of all people are look-alikes",
                                   5, 100, 60, 5, 5, lookalike=0.5),
     "synthetic-cameras": Preset("Cameras that disagree strongly", 8, 100, 60, 5, 5, camera=0.8),
+    "synthetic-hard": Preset("Room for repair: true labels are worth twenty points of mAP",
+                             16, 100, 60, 5, 5, lookalike=0.4, occlusion=0.75, camera=0.7),
 }
 
 # %% ../nbs/02_synthetic.ipynb #0012abcd
