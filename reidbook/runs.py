@@ -77,7 +77,8 @@ def settle(method, dataset, given):  # its class, all settings
 
 # %% ../nbs/20_runs.ipynb #0012abcd
 PACKAGE = Path(reidbook.__file__).parent
-REPORTING = {"runs", "cli", "site", "bench", "noise", "seeds"}  # they describe results and do not make them
+# they describe results and do not make them
+REPORTING = {"runs", "cli", "site", "bench", "noise", "seeds"}
 
 # %% ../nbs/20_runs.ipynb #0016abcd
 def code_digest(method, plug="") -> str:

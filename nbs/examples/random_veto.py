@@ -10,6 +10,8 @@ class RandomVeto(ICSR):
         labels = global_clusters(t, feats.global_, t.settings.clustering)
         count = int((labels >= 0).sum() - (vetoed >= 0).sum())
         labels[t.rng.choice(np.flatnonzero(labels >= 0), count, replace=False)] = -1
+        left = labels >= 0  # a cluster that has lost all its images is none
+        labels[left] = np.unique(labels[left], return_inverse=True)[1]
         return labels
 
 METHOD = RandomVeto
