@@ -27,14 +27,14 @@ def test_rows_are_made_once_and_a_failure_is_no_row(tmp_path, root):
     grid.write_text("- {datasets: [synthetic-tiny], methods: [baseline, nbs/examples/truth.py, nosuch], settings: {epochs: 1, iterations: 2}}\n")
     first = drive(grid, out, root)
     assert first.returncode == 0, first.stderr
-    rows = list(csv.DictReader(out.open()))
+    rows = list(csv.DictReader(out.read_text().splitlines()))
     assert {row["method"] for row in rows} == {"baseline", "nbs/examples/truth.py"}
     assert all(0 < float(row["mAP"]) <= 1 and row["steps"] == "2" and row["curve"].startswith("1:0.") for row in rows)
     assert float(next(row for row in rows if "truth" in row["method"])["label_pairwise_f"]) == 1
     assert "FAILED" in first.stdout and "unknown method 'nosuch'" in first.stdout
     grid.write_text("- {datasets: [synthetic-tiny], methods: [baseline], settings: {epochs: 1, iterations: 2}}\n")
     again = drive(grid, out, root)
-    assert again.returncode == 0 and again.stdout == "" and list(csv.DictReader(out.open())) == rows
+    assert again.returncode == 0 and again.stdout == "" and list(csv.DictReader(out.read_text().splitlines())) == rows
 
 
 def test_every_run_of_the_study_has_a_name_and_the_rows_are_of_the_grid():

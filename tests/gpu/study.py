@@ -64,7 +64,7 @@ def missing(grid, out):
     "The runs of a grid that have no row yet, seed by seed: as many whole rounds as the time gives."
     from reidbook.batch import read_grid
     done = set()
-    if out.exists(): done = {tuple(row[k] for k in COLUMNS[:4]) for row in csv.DictReader(out.open())}
+    if out.exists(): done = {tuple(row[k] for k in COLUMNS[:4]) for row in csv.DictReader(out.read_text().splitlines())}
     return sorted((run for run in read_grid(grid) if key(run) not in done), key=lambda run: run["seed"])
 
 
