@@ -78,7 +78,8 @@ def test_workers_of_a_queueing_system(tmp_path, monkeypatch):
         (bin_ / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
     with dask.config.set({"jobqueue.slurm": dask.config.get("jobqueue.slurm", {}) | {"cores": 1, "memory": "2GB", "queue": "gpu", "walltime": "01:00:00",
-                          "worker-extra-args": ["--resources", "GPU=1"], "log-directory": str(tmp_path)}}):
+                          "worker-extra-args": ["--resources", "GPU=1"], "log-directory": str(tmp_path),
+                          "scheduler-options": {"dashboard_address": ":0"}}}):  # any free port: other tests have schedulers too
         with batch.workers(cluster="slurm", jobs=1) as client:
             client.wait_for_workers(1, timeout=60)
             assert client.submit(sum, [1, 2], resources={"GPU": 1}).result(timeout=30) == 3
