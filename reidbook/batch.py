@@ -278,6 +278,9 @@ def ended(run, future) -> bool:
     if future.status == "pending":
         run.state = "running" if checkpoints.in_use(run.out, "notebook") else "waiting"
         return False
+    if future.status in ("cancelled", "lost"):
+        raise ConnectionError("the Dask scheduler is gone, and its runs were let go; start the "
+                              "batch again, with a scheduler: what is done is kept")
     if future.status == "finished": outcome(run, future.result())
     else:
         error = future.exception()
@@ -288,11 +291,12 @@ def ended(run, future) -> bool:
 def call_back(left, client, stop):
     "End the runs that are left, and wait until their folders are free."
     stop.touch()
-    client.cancel([future for _, future in left.values()])
+    connected = client.status == "running"
+    if connected: client.cancel([future for _, future in left.values()])
     for run, _ in left.values():
         while checkpoints.in_use(run.out, "notebook"): time.sleep(0.2)
         run.state = "waiting"
-    stop.unlink()
+    if connected: stop.unlink()
 
 # %% ../nbs/20b_batch.ipynb #0074abcd
 def run_dask(batch,
@@ -300,7 +304,7 @@ def run_dask(batch,
              show=lambda batch: None,
              pause=0.5):
     """Run what is not done on Dask's workers; a lost worker's run is given to another one. Where
-    workers announce GPUs, each run takes one."""
+    workers announce GPUs, each run takes one. ConnectionError when the scheduler is lost."""
     stop = runs.runs_dir() / f".stop-{uuid.uuid4().hex[:8]}"
     stop.parent.mkdir(parents=True, exist_ok=True)
     left = submit(batch, client, stop)

@@ -2,6 +2,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -65,6 +69,40 @@ def test_a_lost_workers_run_goes_on_elsewhere(folder, root):
     manifest = json.loads((planned[0].out / "manifest.json").read_text())
     assert manifest["status"] == "done" and manifest["resumed_after"] >= 1 and lines(planned[0].out) == 3
     assert not list(folder.glob(".stop*"))
+
+
+@contextmanager
+def dask_processes(folder):
+    "A scheduler and one worker, each a process of its own."
+    file, command = folder / "scheduler.json", [sys.executable, "-m"]
+    scheduler = subprocess.Popen([*command, "distributed.cli.dask_scheduler", "--no-dashboard", "--host", "127.0.0.1", "--port", "0",
+                                  "--scheduler-file", str(file)], stderr=subprocess.DEVNULL)
+    worker = subprocess.Popen([*command, "distributed.cli.dask_worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-nanny", "--no-dashboard"],
+                              stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < until: time.sleep(0.2)
+        yield json.loads(file.read_text())["address"], (scheduler, worker)
+    finally:
+        for p in (scheduler, worker):
+            p.kill()
+            p.wait()
+
+
+def test_a_worker_lost_together_with_the_scheduler(folder, root, tmp_path):
+    "The batch stops and says so; its runs are let go, and another start goes on with them."
+    pytest.importorskip("distributed")
+    planned = batch.plan_batch(batch.grid(["synthetic-tiny"], ["baseline"], settings=SHORT), root, "cpu")
+    with dask_processes(tmp_path) as (address, both), batch.workers(address) as client:
+        client.wait_for_workers(1, timeout=60)
+        def unlucky(_):
+            if lines(planned[0].out):
+                for p in both: p.kill()
+        with pytest.raises(ConnectionError, match="scheduler is gone"): batch.run_dask(planned, client, unlucky, pause=0.1)
+    assert planned[0].state == "waiting" and not checkpoints.in_use(planned[0].out, "notebook")
+    batch.run_local(planned, batch.slots(1, device="cpu"))
+    manifest = json.loads((planned[0].out / "manifest.json").read_text())
+    assert planned[0].state == "done" and manifest["resumed_after"] >= 1 and lines(planned[0].out) == 3
 
 
 def test_workers_of_a_queueing_system(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 "What changes or is lost between two starts of a run: processes, threads, stages, room, images, workers."
+import contextlib
 import itertools
 import json
 import math
@@ -263,3 +264,39 @@ def test_a_stage_of_other_images_is_not_found(own, tmp_path):
     assert folders(tmp_path / "one") == {True} and folders(tmp_path / "two") == {False}
     repaint(own.with_name("train-3.bmp"))
     assert folders(tmp_path / "three") == {True}
+
+
+# a disk that is full
+
+@pytest.fixture
+def disk(tmp_path):
+    "A disk of 12 MB that nobody else writes to."
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "none", str(place)], capture_output=True, text=True)
+    if made.returncode: pytest.skip(f"a small disk needs root: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(disk):
+    "Write until nothing more goes in."
+    with open(disk / "other people's", "wb", buffering=0) as f, contextlib.suppress(OSError):
+        while True: f.write(bytes(1 << 12))
+
+
+def test_the_disk_is_full_while_a_run_trains(root, disk, undisturbed):
+    "The run stops in words and leaves its last epoch whole; it does not begin while there is no room, and goes on when there is."
+    out = disk / "run"
+    begin = lambda: runs.begin("synthetic-tiny", "baseline", 1, root, "cpu", out, SHORT)
+    records = training.epochs(begin().state)
+    next(records)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    fill(disk)
+    with pytest.raises(OSError, match="No space left.*untouched. Make room .*start the run again"): list(records)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    with pytest.raises(OSError, match="No space left"): begin()
+    (disk / "other people's").unlink()
+    again = begin()
+    list(training.epochs(again.state))
+    assert without_times(again.state.history) == undisturbed and runs.finish(again)["status"] == "done"
