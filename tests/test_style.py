@@ -1,4 +1,4 @@
-"Code that fits the page: lines of at most 100 columns, cells of at most 45 lines."
+"Code that fits the page: lines of at most 100 columns, cells of at most 45 lines, pages of at most 100 cells."
 from pathlib import Path
 
 import nbformat
@@ -20,6 +20,11 @@ def test_lines_fit(path): assert not wide(path)
 
 @pytest.mark.parametrize("path", [p for p in PAGES if p.stem not in STILL_LONG], ids=lambda p: p.stem)
 def test_cells_fit(path): assert not long(path)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_pages_can_be_read_in_one_sitting(path):
+    assert len(nbformat.read(path, as_version=4).cells) <= 100, "a page that has grown two jobs becomes two pages"
 
 
 def test_the_lists_of_what_is_left_are_true():
