@@ -1,10 +1,10 @@
-# make demo | test | check | lab | site | export | diff | gpu | help: each sets up .venv on first use.
+# make demo | test | check | lab | site | export | diff | house | gpu | help: each sets up .venv on first use.
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN    := $(VENV)/bin
 TWO    := -n 2 --dist loadgroup --no-loadscope-reorder  # two tests at a time, the longest first (tests/conftest.py)
 
-.PHONY: help demo test check lab site export diff gpu
+.PHONY: help demo test check lab site export diff house gpu
 help:  ## list these commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/'
 
@@ -38,6 +38,9 @@ gpu: $(VENV)/.installed  ## measure on this machine's GPU what nbs/19d_gpu.ipynb
 SINCE ?= HEAD
 diff: $(VENV)/.installed  ## what changed in the notebooks, as text
 	@git -c diff.ipynb.textconv="$(abspath $(BIN))/jupytext --quiet --to md:markdown --opt notebook_metadata_filter=-all --output -" -c diff.ipynb.cachetextconv=false --no-pager diff $(SINCE) -- '*.ipynb'
+
+house: $(VENV)/.installed  ## every notebook with its job, cells and exported lines; every module with its imports
+	@$(BIN)/python tests/house.py
 
 # torch and faiss are their CUDA builds: about 7 GB, a minute or two
 $(VENV)/.installed: settings.ini setup.py constraints.txt

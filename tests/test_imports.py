@@ -113,3 +113,9 @@ def test_methods_do_not_import_one_another():
         tree = ast.parse((ROOT / "reidbook" / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
         others = {to for node in ast.walk(tree) for to in targets(node, module)} & set(own) - {module, "methods.baseline"}
         assert not others, f"{module} imports {others}"
+
+
+def test_the_house_lists_every_page_and_imports_of_lower_rooms_only():
+    said = subprocess.run([sys.executable, "tests/house.py"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    for path in (ROOT / "nbs").glob("*.ipynb"): assert f"\n{path.stem} " in "\n" + said
+    assert re.search(r"^noise +imports neighbors, images$|^noise +imports images, neighbors$", said, re.M)
