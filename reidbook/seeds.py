@@ -56,7 +56,7 @@ NAMES = {"baseline": "baseline", "truth": "true labels", "baseline iterations": 
          "mprd": "MPRD", "pplr camera": "PPLR, cameras",
          "pplr aals_epoch beta camera smoothing": "hard labels, cameras",
          "glc glc_interval glc_start": "GLC", "baseline distance": "camera Jaccard",
-         "spcl": "SpCL", "ncplr": "NCPLR", "ise": "ISE"}
+         "spcl": "SpCL", "ncplr": "NCPLR", "ise": "ISE", "o2cap": "O2CAP"}
 CONTROLS = ("true labels", "twice the steps", "random veto", "hard labels, cameras")
 
 def study_name(method, settings) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from reidbook import clustering, evaluation, memory, models, neighbors, noise
-from reidbook.methods import glc, icsr, ise, mprd, pplr, purification, spcl
+from reidbook.methods import glc, icsr, ise, mprd, o2cap, pplr, purification, spcl
 
 N, D, C = 24, 6, 4
 rng = np.random.default_rng(0)
@@ -100,6 +100,12 @@ CALLS = {
     "aals_loss": (pplr.aals_loss, dict(part_logits=("parts", part_logits), targets=("ids", labels), scores=("batch", scores))),
     "inter_camera_loss": (pplr.inter_camera_loss, dict(features=("batch", x), targets=("ids", labels), cams=("ids", cams), proxies=("batch", x[:9]), proxy_pids=("ids", labels[:9]),
                                                        proxy_cams=("ids", cams[:9]), temperature=("number", 0.1), hard_negatives=("count", 3))),
+    "offline_loss": (o2cap.offline_loss, dict(features=("batch", x), targets=("ids", labels), cams=("ids", cams), proxies=("batch", x[:9]), proxy_pids=("ids", labels[:9]),
+                                              temperature=("number", 0.1), hard_negatives=("count", 3))),
+    "online_loss": (o2cap.online_loss, dict(features=("batch", x), own=("ids", np.arange(len(x)) % 9), cams=("ids", cams), proxies=("batch", x[:9]), proxy_cams=("ids", cams[:9]),
+                                            temperature=("number", 0.1), hard_negatives=("count", 3), positives=("count", 2), balance=("number", 0.2))),
+    "online_positives": (o2cap.online_positives, dict(features=("batch", x), own=("ids", np.arange(len(x)) % 9), proxies=("batch", x[:9]), proxy_cams=("ids", cams[:9]),
+                                                      positives=("count", 2), balance=("number", 0.2))),
     "node_scores": (icsr.node_scores, dict(similarities=("matrix", sims), indices=("lists", idx), min_similarity=("number", 0.5))),
     "information_nodes": (icsr.information_nodes, dict(scores=("vector", np.arange(N) / N), labels=("ids", labels), rule=("given", "max"))),
     "refine_labels": (icsr.refine_labels, dict(labels=("ids", labels), nodes=("nodes", {0: 0, 1: 5}), cams=("ids", cams), local_labels=("ids", labels), rate=("number", 0.5),
@@ -166,7 +172,7 @@ def leaves(result):
 
 
 LOSSES = {"info_nce", "ClusterMemory", "HybridMemory", "soft_triplet_loss", "pglr_loss", "aals_loss", "inter_camera_loss", "mean_update", "hard_update", "fuse", "fuse_similarities", "extract_features",
-          "support_samples", "label_preserving_loss", "released_label_preserving_loss"}
+          "support_samples", "label_preserving_loss", "released_label_preserving_loss", "offline_loss", "online_loss", "online_positives"}
 
 
 def sane(name, argument, what, result):

@@ -11,7 +11,7 @@ from reidbook.sampling import released_generators, released_order
 
 QUIRKS = {"baseline": {}, "pplr": dict(compat=True, rows=3000), "icsr": dict(nodes="last", nodes_from="infomap"),
           "mprd": dict(compat=True), "purification": dict(teacher_bn="batch"), "glc": {},
-          "ncplr": dict(weighting="far", rows=3000), "spcl": {}, "ise": dict(compat=True)}
+          "ncplr": dict(weighting="far", rows=3000), "spcl": {}, "ise": dict(compat=True), "o2cap": {}}
 SHORT = {"epochs": 1, "iterations": 2, "eval_every": 9}
 STAGES = {"icsr": dict(camera_epochs=1, camera_iterations=1), "mprd": dict(gcn_passes=0)}
 
