@@ -106,6 +106,10 @@ CALLS = {
                                             temperature=("number", 0.1), hard_negatives=("count", 3), positives=("count", 2), balance=("number", 0.2))),
     "online_positives": (o2cap.online_positives, dict(features=("batch", x), own=("ids", np.arange(len(x)) % 9), proxies=("batch", x[:9]), proxy_cams=("ids", cams[:9]),
                                                       positives=("count", 2), balance=("number", 0.2))),
+    "cluster_weights": (icsr.cluster_weights, dict(labels=("ids", labels), cams=("ids", cams))),
+    "weighted_loss": (icsr.weighted_loss, dict(features=("batch", x), targets=("ids", labels), prototypes=("matrix", protos), weights=("given", np.ones(len(protos), np.float32)), temperature=("number", 0.1))),
+    "camera_loss": (icsr.camera_loss, dict(logits=("batch", logits), cams=("ids", labels))),
+    "reverse_gradient": (icsr.reverse_gradient, dict(features=("given", torch.tensor(x)), factor=("number", 0.5))),
     "node_scores": (icsr.node_scores, dict(similarities=("matrix", sims), indices=("lists", idx), min_similarity=("number", 0.5))),
     "information_nodes": (icsr.information_nodes, dict(scores=("vector", np.arange(N) / N), labels=("ids", labels), rule=("given", "max"))),
     "refine_labels": (icsr.refine_labels, dict(labels=("ids", labels), nodes=("nodes", {0: 0, 1: 5}), cams=("ids", cams), local_labels=("ids", labels), rate=("number", 0.5),
@@ -172,7 +176,7 @@ def leaves(result):
 
 
 LOSSES = {"info_nce", "ClusterMemory", "HybridMemory", "soft_triplet_loss", "pglr_loss", "aals_loss", "inter_camera_loss", "mean_update", "hard_update", "fuse", "fuse_similarities", "extract_features",
-          "support_samples", "label_preserving_loss", "released_label_preserving_loss", "offline_loss", "online_loss", "online_positives"}
+          "support_samples", "label_preserving_loss", "released_label_preserving_loss", "offline_loss", "online_loss", "online_positives", "weighted_loss", "camera_loss"}
 
 
 def sane(name, argument, what, result):

@@ -9,7 +9,7 @@ from reidbook.images import augment, draw_augmentation
 from reidbook.methods.baseline import Baseline
 from reidbook.sampling import released_generators, released_order
 
-QUIRKS = {"baseline": {}, "pplr": dict(compat=True, rows=3000), "icsr": dict(nodes="last", nodes_from="infomap"),
+QUIRKS = {"baseline": {}, "pplr": dict(compat=True, rows=3000), "icsr": dict(nodes="last", nodes_from="infomap", camera_loss="released"),
           "mprd": dict(compat=True), "purification": dict(teacher_bn="batch"), "glc": {},
           "ncplr": dict(weighting="far", rows=3000), "spcl": {}, "ise": dict(compat=True), "o2cap": {}}
 SHORT = {"epochs": 1, "iterations": 2, "eval_every": 9}
