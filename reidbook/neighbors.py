@@ -864,10 +864,10 @@ def knn_approximate(
     print(f"approximate search: recall@{k} {recall:.3f} on {min(sample, n):,} of {n:,} rows")
     return sims, idx
 
-# %% ../nbs/04b_camera_jaccard.ipynb #2d6ab991
+# %% ../nbs/04b_camera_jaccard.ipynb #0002abcd
 import scipy.sparse as sp
 
-# %% ../nbs/04b_camera_jaccard.ipynb #45e54aa0
+# %% ../nbs/04b_camera_jaccard.ipynb #0007abcd
 def _search_apart(x, codes, sizes, device="auto", offsets=None, farthest=None):
     """Two searches on one product: (similarities, indices) inside the own camera, then outside.
     A list that ends early goes on with -inf and N."""
@@ -891,7 +891,7 @@ def _search_apart(x, codes, sizes, device="auto", offsets=None, farthest=None):
     for sims, idx in lists: idx[sims == none] = n
     return lists
 
-# %% ../nbs/04b_camera_jaccard.ipynb #bbbd2f16
+# %% ../nbs/04b_camera_jaccard.ipynb #0009abcd
 def _search_apart_once(x, codes, sizes, device="auto", offsets=None, farthest=None):
     "`_search_apart` among distinct rows of each camera, copies unfolded."
     twins = _distinct(np.column_stack([x, codes.astype(np.float32)]))
@@ -909,7 +909,7 @@ def _search_apart_once(x, codes, sizes, device="auto", offsets=None, farthest=No
         out.append((sims[:len(x)], np.minimum(idx[:len(x)], len(x))))
     return out
 
-# %% ../nbs/04b_camera_jaccard.ipynb #c2561991
+# %% ../nbs/04b_camera_jaccard.ipynb #0011abcd
 def _itself_first(sims, idx, own):
     "Lists in which each row stands first, with the similarity `own`."
     n = len(idx)
@@ -918,7 +918,7 @@ def _itself_first(sims, idx, own):
     rest = (a[~here].reshape(n, -1) for a in (sims, idx))
     return tuple(np.column_stack([a, b]) for a, b in zip((own, np.arange(n)), rest))
 
-# %% ../nbs/04b_camera_jaccard.ipynb #4ef3dcd2
+# %% ../nbs/04b_camera_jaccard.ipynb #0012abcd
 def _run_over(head, tail):
     "Lists `head` whose missing entries are filled from `tail`, as the released code does."
     n, k = head[1].shape
@@ -937,7 +937,7 @@ def _camera_lists(x, codes, k1, k2, device="auto", offsets=None, farthest=None, 
     own = _itself_first(*own, np.einsum("nd,nd->n", x, x))
     return (_run_over(own, far), _run_over(far, own)) if compat else (own, far)
 
-# %% ../nbs/04b_camera_jaccard.ipynb #ca384ed8
+# %% ../nbs/04b_camera_jaccard.ipynb #0017abcd
 def _mutual_pairs(sims, rank):
     "Pairs (row, column, inner product) in which each is in the list of the other."
     n, k = rank.shape
@@ -955,7 +955,7 @@ def _camera_weights(parts, n, logit):
     w = (w / np.bincount(row, w, n)[row]).astype(np.float32)
     return sp.csr_matrix((w, (row, col)), shape=(n, n))
 
-# %% ../nbs/04b_camera_jaccard.ipynb #22028b71
+# %% ../nbs/04b_camera_jaccard.ipynb #0019abcd
 def _mix_heads(v, heads):
     "Each row becomes the mean of the rows of its heads; N is nobody."
     n, there = len(heads), heads < len(heads)
@@ -972,7 +972,7 @@ def _camera_encode(lists, k1, k2, logit):
     heads = np.hstack([j[:, :k] for (_, j), k in zip(lists, k2)])
     return _mix_heads(_camera_weights(parts, n, logit), heads)
 
-# %% ../nbs/04b_camera_jaccard.ipynb #d4a2c2c0
+# %% ../nbs/04b_camera_jaccard.ipynb #0021abcd
 def _two_counts(values, name):
     try: own, other = values
     except (TypeError, ValueError):
@@ -988,7 +988,7 @@ def _camera_codes(cams, n, name="cams"):
                          "image. Give camera ids, or use the plain Jaccard distance.")
     return np.unique(as_ids(cams, name, n), return_inverse=True)[1].ravel()
 
-# %% ../nbs/04b_camera_jaccard.ipynb #fd60d022
+# %% ../nbs/04b_camera_jaccard.ipynb #0022abcd
 def camera_jaccard(
     features,                     # N x D, rows of unit length
     cams,                         # N cameras, any whole numbers
@@ -1012,7 +1012,7 @@ def camera_jaccard(
     minus_squared_distance = lambda rows, cols, dots: 2 * dots - 2
     return _overlap(_camera_encode(lists, k1, k2, minus_squared_distance), least)
 
-# %% ../nbs/04b_camera_jaccard.ipynb #511e6926
+# %% ../nbs/04b_camera_jaccard.ipynb #0026abcd
 def camera_re_rank(
     query,                      # Q x D
     gallery,                    # G x D

@@ -6,7 +6,7 @@
 __all__ = ['SETTINGS', 'AS_BASELINE', 'PER_DATASET', 'METHOD', 'strength', 'support_samples', 'hardest', 'label_preserving_loss',
            'released_loss', 'describe_push', 'ISE']
 
-# %% ../../nbs/15d_methods.ise.ipynb #15de0004
+# %% ../../nbs/15d_methods.ise.ipynb #0003abcd
 import math
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from .baseline import Baseline
 from ..neighbors import as_batch, as_count, as_matrix, as_number
 from ..settings import DATASETS, Setting, SYNTHETIC
 
-# %% ../../nbs/15d_methods.ise.ipynb #15de000a
+# %% ../../nbs/15d_methods.ise.ipynb #0012abcd
 def strength(step,         # optimiser steps done so far, in the whole run
              total_steps,  # of the whole run
              ) -> float:   # in [0, 0.5]
@@ -23,7 +23,7 @@ def strength(step,         # optimiser steps done so far, in the whole run
     total = as_count(total_steps, "total_steps")
     return 0.5 * math.log((math.e - 1) * as_count(step, "step", 0, total) / total + 1)
 
-# %% ../../nbs/15d_methods.ise.ipynb #15de000c
+# %% ../../nbs/15d_methods.ise.ipynb #0014abcd
 def support_samples(features,    # B x D, unit rows
                     targets,     # B labels in 0..C-1
                     prototypes,  # C x D, unit rows
@@ -47,7 +47,7 @@ def support_samples(features,    # B x D, unit rows
     step = 0.5 * strength * (prototypes[nearest] - prototypes[targets])
     return F.normalize(features + step, dim=1), nearest
 
-# %% ../../nbs/15d_methods.ise.ipynb #15de0010
+# %% ../../nbs/15d_methods.ise.ipynb #0018abcd
 def hardest(similarities,  # B x B, of images and supports
             targets,       # B labels
             ):  # B: the least of the own cluster; B x B: the largest of every other, else -inf
@@ -59,7 +59,7 @@ def hardest(similarities,  # B x B, of images and supports
     none = torch.full_like(others, -torch.inf)
     return least, none.scatter_reduce(1, first.expand(len(first), -1), others, "amax")
 
-# %% ../../nbs/15d_methods.ise.ipynb #15de0011
+# %% ../../nbs/15d_methods.ise.ipynb #0019abcd
 def label_preserving_loss(features,  # B x D, unit rows
                           supports,  # B x D, from `support_samples`
                           targets,   # B labels
@@ -79,7 +79,7 @@ def label_preserving_loss(features,  # B x D, unit rows
     own, others = hardest(similarities, targets)
     return (torch.cat([own[:, None], others], 1).logsumexp(1) - own).mean()
 
-# %% ../../nbs/15d_methods.ise.ipynb #15de0013
+# %% ../../nbs/15d_methods.ise.ipynb #0021abcd
 def released_loss(similarities, targets, instances):
     "The same as the released code counts: rows of `instances` supports stand for clusters."
     e, same, terms = similarities.exp(), targets[:, None] == targets, []
@@ -91,7 +91,7 @@ def released_loss(similarities, targets, instances):
         terms.append(-(least / (least + others.sum() + 1e-6) + 1e-6).log())
     return torch.stack(terms).mean()
 
-# %% ../../nbs/15d_methods.ise.ipynb #15de0016
+# %% ../../nbs/15d_methods.ise.ipynb #0024abcd
 SETTINGS = dict(
     pooling="avg", eps=0.4, epochs=70, lr_step=30, iterations=400, momentum=0.2, update="hard",
     supports=Setting(True, "supports enter the memory and its loss"),
@@ -107,14 +107,14 @@ PER_DATASET = {
     "synthetic-large": dict(eps=0.6, epochs=50, lr_step=20),
 }
 
-# %% ../../nbs/15d_methods.ise.ipynb #15de001d
+# %% ../../nbs/15d_methods.ise.ipynb #0026abcd
 @torch.no_grad()
 def describe_push(x, u, prototypes, labels):  # B x D twice, C x D, B; three numbers
     "Mean step; the share of images, and of supports, that are nearest to another prototype."
     away = [((y @ prototypes.T).argmax(1) != labels).float().mean() for y in (x, u)]
     return torch.stack([(u - x).norm(dim=1).mean(), *away])
 
-# %% ../../nbs/15d_methods.ise.ipynb #15de0017
+# %% ../../nbs/15d_methods.ise.ipynb #0027abcd
 class ISE(Baseline):
     "Implicit sample extension: Cluster Contrast with supports (Zhang et al. 2022)."
     settings, datasets, released = SETTINGS, PER_DATASET, dict(compat=True)

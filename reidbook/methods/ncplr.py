@@ -6,7 +6,7 @@
 __all__ = ['SIGNS', 'SETTINGS', 'PER_DATASET', 'METHOD', 'neighbor_weights', 'neighbor_votes', 'refined_targets', 'refined_loss',
            'agreement', 'mutual_targets', 'VotingNetwork', 'targets_of_heads', 'NCPLR']
 
-# %% ../../nbs/15c_methods.ncplr.ipynb #18d00004
+# %% ../../nbs/15c_methods.ncplr.ipynb #0003abcd
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from ..models import create_model
 from ..neighbors import as_batch, as_ids, as_number, fuse_similarities
 from ..training import Method, Setting
 
-# %% ../../nbs/15c_methods.ncplr.ipynb #18d0000a
+# %% ../../nbs/15c_methods.ncplr.ipynb #0012abcd
 SIGNS = {"near": 1.0, "equal": 0.0, "far": -1.0}  # far: the published command
 
 def neighbor_weights(index,       # B image numbers
@@ -44,7 +44,7 @@ def neighbor_weights(index,       # B image numbers
     weights *= (found >= least - tie) & first
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
-# %% ../../nbs/15c_methods.ncplr.ipynb #18d0000b
+# %% ../../nbs/15c_methods.ncplr.ipynb #0013abcd
 def neighbor_votes(logits,      # B x C
                    index,       # B image numbers: rows of the similarity
                    similarity,  # N x N, sparse (absent = 0) or dense
@@ -60,7 +60,7 @@ def neighbor_votes(logits,      # B x C
                                    temperature=temperature)
         return on_device(weights, logits.device).to(logits.dtype) @ logits.softmax(1)
 
-# %% ../../nbs/15c_methods.ncplr.ipynb #18d00010
+# %% ../../nbs/15c_methods.ncplr.ipynb #0018abcd
 def refined_targets(votes,      # B x C probabilities
                     targets,    # B labels in 0..C-1
                     alpha=0.1,  # weight of the pseudo label
@@ -70,7 +70,7 @@ def refined_targets(votes,      # B x C probabilities
     alpha = as_number(alpha, "alpha", 0, 1)
     return alpha * F.one_hot(targets, votes.shape[1]) + (1 - alpha) * votes
 
-# %% ../../nbs/15c_methods.ncplr.ipynb #18d00011
+# %% ../../nbs/15c_methods.ncplr.ipynb #0019abcd
 def refined_loss(logits,   # B x C
                  refined,  # B x C probabilities; no gradient flows here
                  ):        # scalar
@@ -81,7 +81,7 @@ def refined_loss(logits,   # B x C
     logits, refined = torch.as_tensor(logits), torch.as_tensor(refined)
     return F.cross_entropy(logits, refined.detach().to(logits))
 
-# %% ../../nbs/15c_methods.ncplr.ipynb #18d00015
+# %% ../../nbs/15c_methods.ncplr.ipynb #0023abcd
 def agreement(votes, others, temperature):
     "exp(-KL(votes, others) / temperature) of distributions along the last axis, which is kept."
     divergence = torch.xlogy(votes, votes) - torch.xlogy(votes, others)
@@ -107,7 +107,7 @@ def mutual_targets(votes,       # B x C, of the whole
     each = [refined_targets(part_mix[:, p], targets, alpha[1]) for p in range(parts.shape[1])]
     return refined_targets(whole_mix, targets, alpha[0]), torch.stack(each, 1)
 
-# %% ../../nbs/15c_methods.ncplr.ipynb #18d00019
+# %% ../../nbs/15c_methods.ncplr.ipynb #0027abcd
 SETTINGS = dict(
     eps=0.5,
     temperature=Setting(0.05, "of the softmax over all prototypes", above=0),
@@ -126,7 +126,7 @@ SETTINGS = dict(
 PER_DATASET = {"synthetic": dict(eps=0.6, temperature=0.1, momentum=0.2),  # as the baseline
                "synthetic-large": dict(eps=0.6)}
 
-# %% ../../nbs/15c_methods.ncplr.ipynb #18d0001a
+# %% ../../nbs/15c_methods.ncplr.ipynb #0028abcd
 class VotingNetwork(Method):
     "One head or three, clusters of their mixed similarity, neighbours, classifiers, memories."
     settings, datasets, graph, kept = SETTINGS, PER_DATASET, None, None
@@ -171,7 +171,7 @@ class VotingNetwork(Method):
     def state(self): return self.kept or {}
     def load_state(self, t, state): self.kept = state
 
-# %% ../../nbs/15c_methods.ncplr.ipynb #18d0001c
+# %% ../../nbs/15c_methods.ncplr.ipynb #0030abcd
 def targets_of_heads(votes,    # B x H x C, the whole first
                      targets,  # B labels
                      s,        # settings
@@ -182,7 +182,7 @@ def targets_of_heads(votes,    # B x H x C, the whole first
                                   s.agreement_temperature)
     return torch.cat([whole[:, None], parts], 1)
 
-# %% ../../nbs/15c_methods.ncplr.ipynb #18d0001d
+# %% ../../nbs/15c_methods.ncplr.ipynb #0031abcd
 class NCPLR(VotingNetwork):
     """Labels refined by neighbours in the batch (Cheng et al. 2024);
     `parts=True` is its global-local form."""

@@ -7,7 +7,7 @@ __all__ = ['CRITERIA', 'SETTINGS', 'PER_DATASET', 'METHOD', 'own_classes', 'clas
            'independence_threshold', 'believed', 'dissolve', 'Reliability', 'reliable_labels', 'without_lone',
            'lone_groups', 'ReliableClusters', 'SpCL']
 
-# %% ../../nbs/15b_methods.spcl.ipynb #15bc0004
+# %% ../../nbs/15b_methods.spcl.ipynb #0003abcd
 from typing import NamedTuple
 import numpy as np
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from ..neighbors import as_ids, as_number
 from ..settings import DATASETS, Setting, SYNTHETIC
 from ..training import Method
 
-# %% ../../nbs/15b_methods.spcl.ipynb #15bc000c
+# %% ../../nbs/15b_methods.spcl.ipynb #0014abcd
 def own_classes(labels) -> np.ndarray:  # N int64, no -1
     "Every outlier becomes a class of its own, numbered after the clusters."
     out = as_ids(labels)
@@ -34,7 +34,7 @@ def class_distance(a, b) -> np.ndarray:  # N float32 in [0, 1)
     either = np.bincount(a)[a] + np.bincount(b)[b] - both
     return 1 - both.astype(np.float32) / either.astype(np.float32)
 
-# %% ../../nbs/15b_methods.spcl.ipynb #15bc000f
+# %% ../../nbs/15b_methods.spcl.ipynb #0017abcd
 class Survey(NamedTuple):
     "One clustering, and what two others say about it; small values are reliable."
     classes: np.ndarray       # N int64, no -1: an outlier is a class of its own
@@ -50,7 +50,7 @@ def survey(similarity,  # N x N, sparse (absent = 0) or dense
                             for e in (eps, eps - gap, eps + gap))
     return Survey(middle, class_distance(middle, loose), class_distance(middle, tight))
 
-# %% ../../nbs/15b_methods.spcl.ipynb #15bc0012
+# %% ../../nbs/15b_methods.spcl.ipynb #0020abcd
 def class_minimum(classes, values) -> np.ndarray:  # one number per class
     "The smallest value of each class."
     out = np.full(classes.max(initial=-1) + 1, np.inf, np.float32)
@@ -66,7 +66,7 @@ def independence_threshold(found,      # a Survey
     if not len(values): return 1.0
     return float(values[min(len(values) - 1, round(share * len(values)))])
 
-# %% ../../nbs/15b_methods.spcl.ipynb #15bc0014
+# %% ../../nbs/15b_methods.spcl.ipynb #0022abcd
 CRITERIA = ("both", "independence", "compactness", "none")
 
 def believed(found,      # a Survey
@@ -83,7 +83,7 @@ def believed(found,      # a Survey
         keep &= found.compactness <= class_minimum(classes, found.compactness)[classes]
     return keep
 
-# %% ../../nbs/15b_methods.spcl.ipynb #15bc0018
+# %% ../../nbs/15b_methods.spcl.ipynb #0026abcd
 def dissolve(classes, keep) -> np.ndarray:  # N int64; with gaps
     "What is not kept gets numbers of its own, from the number of classes up."
     return np.where(keep, classes, classes.max(initial=-1) + np.cumsum(~keep))
@@ -107,7 +107,7 @@ def reliable_labels(similarity,  # N x N, sparse (absent = 0) or dense
     labels = dissolve(found.classes, believed(found, threshold, criteria))
     return Reliability(labels, threshold, found.independence, found.compactness)
 
-# %% ../../nbs/15b_methods.spcl.ipynb #15bc001b
+# %% ../../nbs/15b_methods.spcl.ipynb #0029abcd
 def without_lone(classes) -> np.ndarray:  # N labels, int64
     "Classes of one image become -1, the others are numbered from 0."
     out, shared = np.full(len(classes), -1), np.bincount(classes)[classes] > 1
@@ -123,7 +123,7 @@ def lone_groups(labels,  # N, -1: alone
     out[rng.permutation(alone)] = labels.max(initial=-1) + 1 + group
     return out
 
-# %% ../../nbs/15b_methods.spcl.ipynb #15bc001e
+# %% ../../nbs/15b_methods.spcl.ipynb #0032abcd
 SETTINGS = dict(
     pooling="avg", batch_size=64, instances=4, bn_group_size=16, iterations=400,
     temperature=Setting(0.05, "of the softmax over all classes", low=0.01),
@@ -140,7 +140,7 @@ PER_DATASET = {
     "synthetic-large": {},
 }
 
-# %% ../../nbs/15b_methods.spcl.ipynb #15bc001f
+# %% ../../nbs/15b_methods.spcl.ipynb #0033abcd
 class ReliableClusters(Method):
     "Features from the memory, and the clusters that survive a tighter and a looser eps."
     settings, datasets, rows, threshold = SETTINGS, PER_DATASET, None, None
@@ -170,7 +170,7 @@ class ReliableClusters(Method):
                        "threshold_now": round(now, 6)}
         return without_lone(dissolve(found.classes, keep))
 
-# %% ../../nbs/15b_methods.spcl.ipynb #15bc0021
+# %% ../../nbs/15b_methods.spcl.ipynb #0035abcd
 class SpCL(ReliableClusters):
     """Self-paced contrastive learning: reliable clusters and lone images, all against a memory
     of all images (Ge et al. 2020)."""
