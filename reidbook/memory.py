@@ -103,6 +103,7 @@ def hard_update(memory, feats, targets, momentum):  # as `mean_update`
     classes, group = np.unique(targets, return_inverse=True)
     own, group = (on_device(i, memory.device) for i in (targets, group))
     sim = (feats * memory[own]).sum(1)
+    sim = sim.masked_fill(sim.isnan(), -torch.inf)  # NaN in, NaN out
     least = sim.new_full((len(classes),), torch.inf).scatter_reduce(0, group, sim, "amin")
     place = torch.arange(len(sim), device=sim.device)
     place = place.masked_fill(sim != least[group], len(sim))  # of ties the earlier item stays

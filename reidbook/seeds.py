@@ -56,7 +56,8 @@ NAMES = {"baseline": "baseline", "truth": "true labels", "baseline iterations": 
          "mprd": "MPRD", "pplr camera": "PPLR, cameras",
          "pplr aals_epoch beta camera smoothing": "hard labels, cameras",
          "glc glc_interval glc_start": "GLC", "baseline distance": "camera Jaccard",
-         "spcl": "SpCL", "ncplr": "NCPLR", "ise": "ISE", "o2cap": "O2CAP"}
+         "spcl": "SpCL", "ncplr": "NCPLR", "ise": "ISE", "o2cap": "O2CAP",
+         "dcmip": "DCMIP"}
 CONTROLS = ("true labels", "twice the steps", "random veto", "hard labels, cameras")
 
 def study_name(method, settings) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from reidbook import clustering, evaluation, memory, models, neighbors, noise
-from reidbook.methods import glc, icsr, ise, mprd, o2cap, pplr, purification, spcl
+from reidbook.methods import dcmip, glc, icsr, ise, mprd, o2cap, pplr, purification, spcl
 
 N, D, C = 24, 6, 4
 rng = np.random.default_rng(0)
@@ -110,6 +110,10 @@ CALLS = {
     "weighted_loss": (icsr.weighted_loss, dict(features=("batch", x), targets=("ids", labels), prototypes=("matrix", protos), weights=("given", np.ones(len(protos), np.float32)), temperature=("number", 0.1))),
     "camera_loss": (icsr.camera_loss, dict(logits=("batch", logits), cams=("ids", labels))),
     "reverse_gradient": (icsr.reverse_gradient, dict(features=("given", torch.tensor(x)), factor=("number", 0.5))),
+    "prototype_loss": (dcmip.prototype_loss, dict(features=("batch", x), targets=("ids", labels), first=("batch", protos), second=("batch", protos), margin=("number", 0.2), temperature=("number", 0.1))),
+    "update_prototypes": (dcmip.update_prototypes, dict(first=("batch", protos), second=("batch", protos), features=("batch", x), targets=("ids", labels), momentum=("number", 0.1), rule=("given", "hard"))),
+    "instance_loss": (dcmip.instance_loss, dict(features=("batch", x), targets=("ids", labels), instances=("parts", np.stack([protos] * 3, 1)), temperature=("number", 0.1))),
+    "refresh_instances": (dcmip.refresh_instances, dict(instances=("parts", np.stack([protos] * 3, 1)), features=("batch", x), targets=("ids", labels))),
     "node_scores": (icsr.node_scores, dict(similarities=("matrix", sims), indices=("lists", idx), min_similarity=("number", 0.5))),
     "information_nodes": (icsr.information_nodes, dict(scores=("vector", np.arange(N) / N), labels=("ids", labels), rule=("given", "max"))),
     "refine_labels": (icsr.refine_labels, dict(labels=("ids", labels), nodes=("nodes", {0: 0, 1: 5}), cams=("ids", cams), local_labels=("ids", labels), rate=("number", 0.5),
@@ -176,7 +180,7 @@ def leaves(result):
 
 
 LOSSES = {"info_nce", "ClusterMemory", "HybridMemory", "soft_triplet_loss", "pglr_loss", "aals_loss", "inter_camera_loss", "mean_update", "hard_update", "fuse", "fuse_similarities", "extract_features",
-          "support_samples", "label_preserving_loss", "released_label_preserving_loss", "offline_loss", "online_loss", "online_positives", "weighted_loss", "camera_loss"}
+          "support_samples", "label_preserving_loss", "released_label_preserving_loss", "offline_loss", "online_loss", "online_positives", "weighted_loss", "camera_loss", "prototype_loss", "update_prototypes", "instance_loss", "refresh_instances"}
 
 
 def sane(name, argument, what, result):

@@ -32,7 +32,7 @@ def python(code):
 
 
 def test_import_needs_no_development_package():
-    modules = "data images sampling checks synthetic models neighbors clustering noise memory evaluation settings checkpoints training methods.baseline runs cli site bench parallel batch speed vit adaptation pretraining methods.pplr methods.icsr methods.mprd methods.glc methods.purification methods.ncplr methods.spcl methods.ise methods.o2cap".split()
+    modules = "data images sampling checks synthetic models neighbors clustering noise memory evaluation settings checkpoints training methods.baseline runs cli site bench parallel batch speed vit adaptation pretraining methods.pplr methods.icsr methods.mprd methods.glc methods.purification methods.ncplr methods.spcl methods.ise methods.o2cap methods.dcmip".split()
     blocked = {"nbdev", "fastcore", "execnb", "papermill", "faiss", "infomap", "dask", "distributed"}
     python(BLOCKED.format(blocked=blocked) + "import " + ", ".join(f"reidbook.{m}" for m in modules))
 
