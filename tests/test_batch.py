@@ -71,6 +71,23 @@ def test_a_lost_workers_run_goes_on_elsewhere(folder, root):
     assert not list(folder.glob(".stop*"))
 
 
+def test_later_methods_and_the_other_distance_end_to_end(folder, root, tmp_path):
+    "One batch: every later system, and distance=camera on each of the five, CALR's switches among them."
+    short = {"epochs": 1, "iterations": 2, "eval_every": 1}
+    camera = short | {"distance": "camera"}
+    own = {"dcmip": {"first_epochs": 1}, "icsr": {"camera_epochs": 1, "camera_iterations": 1, "camera_head": True, "cluster_weights": "entropy", "weights_from": 0},
+           "mprd": {"gcn_passes": 0}, "glc": {"glc_start": 0, "glc_subgraphs": [4, 2], "glc_width": 16}}
+    blocks = [{"datasets": "synthetic-tiny", "methods": m, "settings": given | own.get(m, {})}
+              for given, methods in ((short, ("spcl", "ncplr", "ise", "o2cap", "dcmip")), (camera, ("pplr", "icsr", "mprd", "glc", "purification"))) for m in methods if m in runs.method_names()]
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump(blocks))
+    assert main(["batch", "--file", str(file), "--root", str(root), "--device", "cpu", "--jobs", "2"]) == 0
+    manifests = [json.loads(p.read_text()) for p in folder.glob("*/manifest.json")]
+    assert sorted(m["parameters"]["method"] for m in manifests) == sorted(b["methods"] for b in blocks)
+    assert all(m["status"] == "done" and m["metrics"]["mAP"] > 0 for m in manifests)
+    assert {m["settings"]["distance"] for m in manifests} == {"jaccard", "camera"}
+
+
 @contextmanager
 def dask_processes(folder):
     "A scheduler and one worker, each a process of its own."

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from numpy.testing import assert_allclose
 
 from reidbook import runs, training
-from reidbook.cli import main
 from reidbook.data import open_dataset
 from reidbook.memory import ClusterMemory
 from reidbook.methods.icsr import CALR, camera_loss, cluster_weights, ICSR, reverse_gradient, weighted_loss
@@ -132,11 +131,3 @@ def test_a_run_with_a_head_goes_on_and_gives_its_weights_away(tiny, tmp_path):
     weights = tmp_path / "weights.pt"
     torch.save(again.model.state_dict(), weights)
     training.start(tiny, ICSR, training.resolve(ICSR, tiny.name, **SHORT | dict(weights=str(weights))), seed=1, store=tmp_path / "store")
-
-
-def test_command_line(root, tmp_path, monkeypatch):
-    monkeypatch.setenv("REIDBOOK_RUNS", str(tmp_path / "runs"))
-    words = [w for k, v in (SHORT | dict(camera_head="true", cluster_weights="entropy", weights_from=0)).items() for w in ("-p", f"{k}={v}")]
-    assert main(["run", "--dataset", "synthetic-tiny", "--method", "icsr", "--seed", "1", "--root", str(root), "--device", "cpu", *words]) == 0
-    [manifest] = (tmp_path / "runs").glob("*/manifest.json")
-    assert json.loads(manifest.read_text())["status"] == "done"

@@ -1,5 +1,4 @@
 "DCMIP: the reference implementation's numbers, loops as an oracle, corner cases, and runs."
-import json
 
 import numpy as np
 import pytest
@@ -8,7 +7,6 @@ import torch.nn.functional as F
 from numpy.testing import assert_allclose
 
 from reidbook import training
-from reidbook.cli import main
 from reidbook.data import open_dataset
 from reidbook.methods.dcmip import DCMIP, instance_loss, prototype_loss, refresh_instances, two_losses, update_prototypes
 from reidbook.training import teacher_step
@@ -151,11 +149,3 @@ def test_pieces_off(tiny, tmp_path):
     t = begin(tiny, tmp_path, instance_weight=0.0, first_epochs=0, result="student")
     records = list(training.epochs(t))
     assert "instances" not in records[0] and not t.stages and t.method.network(t) is t.model
-
-
-def test_command_line(root, tmp_path, monkeypatch):
-    monkeypatch.setenv("REIDBOOK_RUNS", str(tmp_path / "runs"))
-    words = [w for k, v in SHORT.items() for w in ("-p", f"{k}={v}")]
-    assert main(["run", "--dataset", "synthetic-tiny", "--method", "dcmip", "--seed", "1", "--root", str(root), "--device", "cpu", *words]) == 0
-    [manifest] = (tmp_path / "runs").glob("*/manifest.json")
-    assert json.loads(manifest.read_text())["status"] == "done"

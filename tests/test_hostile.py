@@ -14,8 +14,8 @@ import scipy.sparse as sp
 import torch
 from torch import nn
 
-from reidbook import clustering, evaluation, memory, models, neighbors, noise
-from reidbook.methods import dcmip, glc, icsr, ise, mprd, o2cap, pplr, purification, spcl
+from reidbook import clustering, evaluation, memory, models, neighbors, noise, open_set
+from reidbook.methods import glc, icsr, ise, mprd, pplr, purification, spcl
 
 N, D, C = 24, 6, 4
 rng = np.random.default_rng(0)
@@ -100,20 +100,17 @@ CALLS = {
     "aals_loss": (pplr.aals_loss, dict(part_logits=("parts", part_logits), targets=("ids", labels), scores=("batch", scores))),
     "inter_camera_loss": (pplr.inter_camera_loss, dict(features=("batch", x), targets=("ids", labels), cams=("ids", cams), proxies=("batch", x[:9]), proxy_pids=("ids", labels[:9]),
                                                        proxy_cams=("ids", cams[:9]), temperature=("number", 0.1), hard_negatives=("count", 3))),
-    "offline_loss": (o2cap.offline_loss, dict(features=("batch", x), targets=("ids", labels), cams=("ids", cams), proxies=("batch", x[:9]), proxy_pids=("ids", labels[:9]),
-                                              temperature=("number", 0.1), hard_negatives=("count", 3))),
-    "online_loss": (o2cap.online_loss, dict(features=("batch", x), own=("ids", np.arange(len(x)) % 9), cams=("ids", cams), proxies=("batch", x[:9]), proxy_cams=("ids", cams[:9]),
-                                            temperature=("number", 0.1), hard_negatives=("count", 3), positives=("count", 2), balance=("number", 0.2))),
-    "online_positives": (o2cap.online_positives, dict(features=("batch", x), own=("ids", np.arange(len(x)) % 9), proxies=("batch", x[:9]), proxy_cams=("ids", cams[:9]),
-                                                      positives=("count", 2), balance=("number", 0.2))),
     "cluster_weights": (icsr.cluster_weights, dict(labels=("ids", labels), cams=("ids", cams))),
     "weighted_loss": (icsr.weighted_loss, dict(features=("batch", x), targets=("ids", labels), prototypes=("matrix", protos), weights=("given", np.ones(len(protos), np.float32)), temperature=("number", 0.1))),
     "camera_loss": (icsr.camera_loss, dict(logits=("batch", logits), cams=("ids", labels))),
     "reverse_gradient": (icsr.reverse_gradient, dict(features=("given", torch.tensor(x)), factor=("number", 0.5))),
-    "prototype_loss": (dcmip.prototype_loss, dict(features=("batch", x), targets=("ids", labels), first=("batch", protos), second=("batch", protos), margin=("number", 0.2), temperature=("number", 0.1))),
-    "update_prototypes": (dcmip.update_prototypes, dict(first=("batch", protos), second=("batch", protos), features=("batch", x), targets=("ids", labels), momentum=("number", 0.1), rule=("given", "hard"))),
-    "instance_loss": (dcmip.instance_loss, dict(features=("batch", x), targets=("ids", labels), instances=("parts", np.stack([protos] * 3, 1)), temperature=("number", 0.1))),
-    "refresh_instances": (dcmip.refresh_instances, dict(instances=("parts", np.stack([protos] * 3, 1)), features=("batch", x), targets=("ids", labels))),
+    "threshold_at": (open_set.threshold_at, dict(impostor=("vector", scores[:, 0]), rate=("number", 0.1))),
+    "fnmr_at_fmr": (open_set.fnmr_at_fmr, dict(genuine=("vector", scores[:, 0]), impostor=("vector", scores[:, 1]), rate=("number", 0.1))),
+    "equal_error": (open_set.equal_error, dict(genuine=("vector", scores[:, 0]), impostor=("vector", scores[:, 1]))),
+    "pair_scores": (open_set.pair_scores, dict(query=("matrix", x[:8]), gallery=("matrix", x[8:]), q_pids=("ids", labels[:8]), g_pids=("ids", labels[8:]),
+                                               q_cams=("ids or none", cams[:8]), g_cams=("ids or none", cams[8:]))),
+    "open_set": (lambda **given: open_set.open_set(**given).dir_at_far(0.5), dict(query=("matrix", x[:8]), gallery=("matrix", x[8:]), q_pids=("ids", np.arange(8) % 6), g_pids=("ids", labels[8:]))),
+    "threshold_from_clusters": (open_set.threshold_from_clusters, dict(features=("matrix", x), labels=("ids", labels), rate=("number", 0.1), cams=("ids or none", cams))),
     "node_scores": (icsr.node_scores, dict(similarities=("matrix", sims), indices=("lists", idx), min_similarity=("number", 0.5))),
     "information_nodes": (icsr.information_nodes, dict(scores=("vector", np.arange(N) / N), labels=("ids", labels), rule=("given", "max"))),
     "refine_labels": (icsr.refine_labels, dict(labels=("ids", labels), nodes=("nodes", {0: 0, 1: 5}), cams=("ids", cams), local_labels=("ids", labels), rate=("number", 0.5),
@@ -129,6 +126,26 @@ CALLS = {
     "released_label_preserving_loss": (lambda features, supports, targets, instances: ise.label_preserving_loss(features, supports, targets, compat=True, instances=instances),
                                        dict(features=("batch", x), supports=("batch", x), targets=("ids", labels), instances=("count", 6))),
     "fuse": (purification.fuse, dict(global_=("square", jaccard), upper=("square", jaccard), lower=("square", jaccard), lambda1=("number", 0.15))),
+}
+
+# the latest systems; a reader may have deleted their notebooks
+try: from reidbook.methods import dcmip
+except ImportError: pass
+else: CALLS |= {
+    "prototype_loss": (dcmip.prototype_loss, dict(features=("batch", x), targets=("ids", labels), first=("batch", protos), second=("batch", protos), margin=("number", 0.2), temperature=("number", 0.1))),
+    "update_prototypes": (dcmip.update_prototypes, dict(first=("batch", protos), second=("batch", protos), features=("batch", x), targets=("ids", labels), momentum=("number", 0.1), rule=("given", "hard"))),
+    "instance_loss": (dcmip.instance_loss, dict(features=("batch", x), targets=("ids", labels), instances=("parts", np.stack([protos] * 3, 1)), temperature=("number", 0.1))),
+    "refresh_instances": (dcmip.refresh_instances, dict(instances=("parts", np.stack([protos] * 3, 1)), features=("batch", x), targets=("ids", labels))),
+}
+try: from reidbook.methods import o2cap
+except ImportError: pass
+else: CALLS |= {
+    "offline_loss": (o2cap.offline_loss, dict(features=("batch", x), targets=("ids", labels), cams=("ids", cams), proxies=("batch", x[:9]), proxy_pids=("ids", labels[:9]),
+                                              temperature=("number", 0.1), hard_negatives=("count", 3))),
+    "online_loss": (o2cap.online_loss, dict(features=("batch", x), own=("ids", np.arange(len(x)) % 9), cams=("ids", cams), proxies=("batch", x[:9]), proxy_cams=("ids", cams[:9]),
+                                            temperature=("number", 0.1), hard_negatives=("count", 3), positives=("count", 2), balance=("number", 0.2))),
+    "online_positives": (o2cap.online_positives, dict(features=("batch", x), own=("ids", np.arange(len(x)) % 9), proxies=("batch", x[:9]), proxy_cams=("ids", cams[:9]),
+                                                      positives=("count", 2), balance=("number", 0.2))),
 }
 if importlib.util.find_spec("faiss"):
     CALLS["knn_approximate"] = (neighbors.knn_approximate, dict(features=("matrix", x), k=("count", 3), cells=("count", 3), probes=("count", 2), sample=("count", 10), seed=("count", 1)))

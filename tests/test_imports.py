@@ -32,7 +32,8 @@ def python(code):
 
 
 def test_import_needs_no_development_package():
-    modules = "data images sampling checks synthetic models neighbors clustering noise memory evaluation settings checkpoints training methods.baseline runs cli site bench parallel batch speed vit adaptation pretraining methods.pplr methods.icsr methods.mprd methods.glc methods.purification methods.ncplr methods.spcl methods.ise methods.o2cap methods.dcmip".split()
+    modules = "data images sampling checks synthetic models neighbors clustering noise memory evaluation settings checkpoints open_set training methods.baseline runs cli site bench parallel batch speed vit adaptation pretraining methods.pplr methods.icsr methods.mprd methods.glc methods.purification methods.ncplr methods.spcl methods.ise methods.o2cap methods.dcmip".split()
+    modules = [m for m in modules if (ROOT / "reidbook" / (m.replace(".", "/") + ".py")).exists()]  # a reader may delete a method
     blocked = {"nbdev", "fastcore", "execnb", "papermill", "faiss", "infomap", "dask", "distributed"}
     python(BLOCKED.format(blocked=blocked) + "import " + ", ".join(f"reidbook.{m}" for m in modules))
 

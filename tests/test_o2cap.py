@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from numpy.testing import assert_allclose, assert_array_equal
 
 from reidbook import training
-from reidbook.cli import main
 from reidbook.data import open_dataset
 from reidbook.memory import camera_proxies, ClusterMemory
 from reidbook.methods.o2cap import O2CAP, offline_loss, online_loss, online_positives
@@ -149,10 +148,3 @@ def test_no_cameras_no_method(root):
     data = open_dataset("synthetic-tiny", root)
     data.train = data.train.drop(columns="cam")
     with pytest.raises(ValueError, match="O2CAP needs to know which camera"): training.start(data, O2CAP, training.resolve(O2CAP, data.name), seed=1)
-
-
-def test_command_line(root, tmp_path, monkeypatch):
-    monkeypatch.setenv("REIDBOOK_RUNS", str(tmp_path / "runs"))
-    assert main(["run", "--dataset", "synthetic-tiny", "--method", "o2cap", "--seed", "1", "--root", str(root), "--device", "cpu", "-p", "epochs=1", "-p", "iterations=2"]) == 0
-    [manifest] = (tmp_path / "runs").glob("*/manifest.json")
-    assert json.loads(manifest.read_text())["status"] == "done"

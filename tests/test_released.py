@@ -12,6 +12,7 @@ from reidbook.sampling import released_generators, released_order
 QUIRKS = {"baseline": {}, "pplr": dict(compat=True, rows=3000), "icsr": dict(nodes="last", nodes_from="infomap", camera_loss="released"),
           "mprd": dict(compat=True), "purification": dict(teacher_bn="batch"), "glc": {},
           "ncplr": dict(weighting="far", rows=3000), "spcl": {}, "ise": dict(compat=True), "o2cap": {}, "dcmip": dict(compat=True)}
+QUIRKS = {name: quirks for name, quirks in QUIRKS.items() if name in runs.method_names()}  # a reader may delete a method
 SHORT = {"epochs": 1, "iterations": 2, "eval_every": 9}
 STAGES = {"icsr": dict(camera_epochs=1, camera_iterations=1), "mprd": dict(gcn_passes=0), "dcmip": dict(first_epochs=1)}
 
