@@ -320,7 +320,7 @@ class ICSR(Baseline):
     def state(self): return {"counts": self.counts}
     def load_state(self, t, state): self.counts = state["counts"]
 
-METHOD = ICSR
+METHOD: type[Baseline] = ICSR
 
 # %% ../../nbs/12b_calr.ipynb #0002abcd
 import torch.nn.functional as F
