@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_curve
 
+from reidbook.evaluation import unit_rows
 from reidbook.open_set import (equal_error, fnmr_at_fmr, Gallery, load_gallery, open_set, pair_scores, save_gallery, threshold_at,
-                               threshold_from_clusters, unit)
+                               threshold_from_clusters)
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 scores = st.lists(st.sampled_from(np.round(np.linspace(-1, 1, 21), 1).tolist()), min_size=1, max_size=30)  # many ties
@@ -76,7 +77,7 @@ def test_pairs_and_best_matches_against_a_loop(with_cams):
 def test_threshold_from_clusters_is_that_of_their_pairs():
     q, g, qp, gp, qc, gc = scene(1)
     labels = np.where(np.arange(len(gp)) % 5 == 0, -1, gp)
-    kept, x = labels >= 0, unit(g.astype(np.float32))
+    kept, x = labels >= 0, unit_rows(g.astype(np.float32))
     for cams in (None, gc):
         apart = [x[i] @ x[j] for i in np.flatnonzero(kept) for j in np.flatnonzero(kept)
                  if i < j and labels[i] != labels[j] and (cams is None or cams[i] != cams[j])]
