@@ -141,9 +141,10 @@ SECOND = dict(
     result=Setting("teacher", "network that is tested", choices=("teacher", "student")),
     compat=Setting(False, "instances from the student's features, as released"))
 RENDERED = dict(temperature=0.1, momentum=0.2, update="mean")
-PER_DATASET: dict[str, dict] = {"msmt17": dict(eps=0.7, update="mean"), "dukemtmcreid": dict(eps=0.7),
-               "synthetic": SYNTHETIC | RENDERED,
-               "synthetic-tiny": DATASETS["synthetic-tiny"] | RENDERED, "synthetic-large": {}}
+PER_DATASET: dict[str, dict] = {
+    "msmt17": dict(eps=0.7, update="mean"), "dukemtmcreid": dict(eps=0.7),
+    "synthetic": SYNTHETIC | RENDERED,
+    "synthetic-tiny": DATASETS["synthetic-tiny"] | RENDERED, "synthetic-large": {}}
 STAGE_TWO = {"synthetic": dict(first_epochs=5, decay=0.99),
              "synthetic-tiny": dict(first_epochs=2, decay=0.9)}
 
